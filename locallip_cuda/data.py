@@ -16,8 +16,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,10 +34,11 @@ _Bytes = NDArray[np.uint8]
 class Dataset:
     """Images and their classes.
 
-    images: uint8, (N, C, H, W).   labels: int64, (N,), in 0..classes - 1.   classes: their number.
-    Both tensors on one device.
+    name: of the data set.   images: uint8, (N, C, H, W).   labels: int64, (N,), in 0..classes - 1, on the same device.
+    classes: their number.
     """
 
+    name: str
     images: Tensor
     labels: Tensor
     classes: int
@@ -63,18 +65,30 @@ class Dataset:
         """The Dataset of a slice, such as `dataset[:1000]`."""
         if not isinstance(index, slice):
             raise TypeError(f"index must be a slice, got {index!r}")
-        return Dataset(self.images[index], self.labels[index], self.classes)
+        return Dataset(self.name, self.images[index], self.labels[index], self.classes)
 
     def to(self, device: str | torch.device) -> Dataset:
         """The same on another device. Batches of a Dataset on the GPU are put together there."""
-        return Dataset(self.images.to(device), self.labels.to(device), self.classes)
+        return Dataset(self.name, self.images.to(device), self.labels.to(device), self.classes)
+
+    def batch(self, index: Tensor, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+        """Images and labels number `index` (int64, (B,)) on `device`: x float32 in [0, 1], (B, C, H, W), y int64, (B,)."""
+        index = index.to(self.images.device)
+        x, y = _send(self.images[index], device), _send(self.labels[index], device)
+        return x.to(torch.float32).div_(255), y
+
+
+def _send(tensor: Tensor, device: str | torch.device) -> Tensor:
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()  # only a copy from pinned memory leaves the host free to go on
+    return tensor.to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # MNIST: IDX files
 
 
-def _read(stream: IO[bytes], count: int) -> bytearray:
+def _read(stream: BufferedReader | gzip.GzipFile, count: int) -> bytearray:
     """Up to `count` bytes, in pieces: a lying header must not make us allocate what the file does not hold."""
     data = bytearray()
     while len(data) < count:
@@ -92,8 +106,7 @@ def _idx(folder: Path, stem: str, dimensions: int) -> _Bytes:
         raise FileNotFoundError(f"{folder / stem}: no such file, with or without .gz; MNIST's official files go there")
     magic = bytes((0, 0, 8, dimensions))
     try:
-        opened: IO[bytes] = gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[assignment]
-        with opened as stream:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             header = _read(stream, 4 + 4 * dimensions)
             if header[:4] != magic:
                 raise ValueError(f"{path}: wrong magic number {header[:4].hex()}, an MNIST file has {magic.hex()} here")
@@ -119,7 +132,7 @@ def _mnist(root: Path, train: bool) -> Dataset:
         raise ValueError(f"{folder / prefix}-images-idx3-ubyte: images must be 28x28, got {images.shape[1:]}")
     if len(images) != len(labels):
         raise ValueError(f"{folder / prefix}-*: {len(images)} images and {len(labels)} labels do not match")
-    return _dataset(images[:, None], labels, 10, folder / f"{prefix}-labels-idx1-ubyte")
+    return _dataset("mnist", images[:, None], labels, 10, folder / f"{prefix}-labels-idx1-ubyte")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,8 +228,8 @@ def _cifar10(root: Path, train: bool) -> Dataset:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; CIFAR-10's official files are {', '.join(names)} there")
         images, labels = reader(path)
-        parts.append(_dataset(images.reshape(-1, 3, 32, 32), labels, 10, path))
-    return Dataset(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]), 10)
+        parts.append(_dataset("cifar10", images.reshape(-1, 3, 32, 32), labels, 10, path))
+    return Dataset("cifar10", torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]), 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -299,7 +312,7 @@ def _tinyimagenet(root: Path, train: bool) -> Dataset:
     digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     images = _decode_all([path for path, _ in pairs], folder / f"{'train' if train else 'val'}-images-{digest}.npy")
     labels = np.array([label for _, label in pairs])
-    return Dataset(torch.from_numpy(images), torch.from_numpy(labels).long(), len(classes))
+    return Dataset("tinyimagenet", torch.from_numpy(images), torch.from_numpy(labels).long(), len(classes))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -316,7 +329,8 @@ def _digits(train: bool) -> Dataset:
     order = np.random.RandomState(0).permutation(len(bunch.target))
     chosen = np.sort(order[360:] if train else order[:360])
     images = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # grey values 0..16
-    return Dataset(torch.from_numpy(images[:, None]), torch.from_numpy(bunch.target[chosen]).long(), 10)
+    labels = torch.from_numpy(bunch.target[chosen]).long()
+    return Dataset("digits", torch.from_numpy(images[:, None]), labels, 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -329,10 +343,10 @@ def _folder(root: Path, name: str, content: str) -> Path:
     return folder
 
 
-def _dataset(images: _Bytes, labels: _Bytes, classes: int, path: Path) -> Dataset:
+def _dataset(name: str, images: _Bytes, labels: _Bytes, classes: int, path: Path) -> Dataset:
     if labels.size and int(labels.max()) >= classes:
         raise ValueError(f"{path}: labels must lie in 0..{classes - 1}, got {int(labels.max())}")
-    return Dataset(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)), classes)
+    return Dataset(name, torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)), classes)
 
 
 _READERS: dict[str, Callable[[Path, bool], Dataset]] = {
@@ -371,37 +385,39 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, train: bool) 
 # Batches
 
 
-def _moves(count: int, padding: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """For each of `count` images: (dy, dx) in -padding..padding, (count, 2), and whether to flip, (count,)."""
-    shift = torch.randint(-padding, padding + 1, (count, 2), generator=generator, device=generator.device)
-    flip = torch.randint(0, 2, (count,), generator=generator, device=generator.device, dtype=torch.bool)
-    return shift, flip
+def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Random crops of the zero-padded images, and random mirroring left-right, for the whole batch at once.
 
-
-def _move(images: Tensor, shift: Tensor, flip: Tensor, padding: int) -> Tensor:
-    batch, channels, height, width = images.shape
-    rows = torch.arange(height, device=images.device) + padding + shift[:, :1]
-    columns = torch.arange(width, device=images.device).expand(batch, width)
-    columns = torch.where(flip[:, None], columns.flip(1), columns) + padding + shift[:, 1:]
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    rows = rows[:, None, :, None].expand(batch, channels, height, width + 2 * padding)
-    columns = columns[:, None, None, :].expand(batch, channels, height, width)
-    return padded.gather(2, rows).gather(3, columns)
-
-
-def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int = 4) -> Tensor:
-    """Each image shifted by up to `padding` pixels either way, with zeros coming in, and mirrored left-right or not.
-
-    That is a random crop of the zero-padded image and a random horizontal flip, for the whole batch at once.
-    images: (B, C, H, W), any dtype and device.   generator: may live on another device than the images.
+    images: (B, C, H, W), any dtype and device.   padding: pixels; each image is shifted by up to so many either way.
+    flip: whether to mirror each image with probability 1/2.   generator: may live on another device than the images.
     -> the same shape and dtype. ValueError: images of another rank, a negative padding.
     """
     if images.dim() != 4:
         raise ValueError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
     if padding < 0:
         raise ValueError(f"padding must be non-negative, got {padding!r}")
-    shift, flip = _moves(images.shape[0], padding, generator)
-    return _move(images, shift.to(images.device), flip.to(images.device), padding)
+    return _move(images, _draw_moves(images.shape[0], padding, flip, generator), padding)
+
+
+def _draw_moves(count: int, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """(count, 3) int64: the corner of the crop, row and column, in 0..2 * padding, and 1 where to mirror."""
+    device = generator.device
+    corner = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator, device=device)
+    mirror = torch.randint(0, 1 + flip, (count, 1), generator=generator, device=device)
+    return torch.cat([corner, mirror], 1)
+
+
+def _move(images: Tensor, moves: Tensor, padding: int) -> Tensor:
+    batch, channels, height, width = images.shape
+    moves = _send(moves, images.device)
+    top, left, mirror = moves[:, 0:1], moves[:, 1:2], moves[:, 2:3]
+    rows = torch.arange(height, device=images.device) + top
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(mirror == 1, columns.flip(0), columns) + left
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    rows = rows[:, None, :, None].expand(batch, channels, height, padded.shape[3])
+    columns = columns[:, None, None, :].expand(batch, channels, height, width)
+    return padded.gather(2, rows).gather(3, columns)
 
 
 class Batches:
@@ -409,10 +425,10 @@ class Batches:
 
     batch_size: images in a batch of all ranks together. Rank r of n takes the images r, r + n, ... of each batch, so
     that the ranks together see what a single process would, in the same batches, with the same augmentation.
-    device: where the batches go.   shuffle: a new order each epoch.   augment: `crop_and_flip` with padding 4.
+    device: where the batches go.   shuffle: a new order each epoch.   crop, flip: see `crop_and_flip`; 0 is no crop.
     drop_last: leave out an incomplete last batch. Otherwise that one may hold fewer images than there are ranks, and
     the last ranks get none of it: an empty batch, so that all take the same number of steps.
-    ValueError: a bad batch_size, rank or world_size, or drop_last with fewer images than one batch.
+    ValueError: a bad batch_size, crop, seed, rank or world_size, or drop_last with fewer images than one batch.
     """
 
     def __init__(
@@ -422,7 +438,8 @@ class Batches:
         *,
         device: str | torch.device = "cpu",
         shuffle: bool = False,
-        augment: bool = False,
+        crop: int = 0,
+        flip: bool = False,
         drop_last: bool = False,
         seed: int = 0,
         rank: int = 0,
@@ -430,17 +447,20 @@ class Batches:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size!r}")
+        if crop < 0:
+            raise ValueError(f"crop must be non-negative, got {crop!r}")
+        if seed < 0:
+            raise ValueError(f"seed must be non-negative, got {seed!r}")
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0..world_size - 1, got rank {rank!r} of world_size {world_size!r}")
         if drop_last and len(dataset) < batch_size:
             raise ValueError(f"batch_size must be at most the {len(dataset)} images there are, got {batch_size}")
-        if seed < 0:
-            raise ValueError(f"seed must be non-negative, got {seed!r}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.shuffle = shuffle
-        self.augment = augment
+        self.crop = crop
+        self.flip = flip
         self.drop_last = drop_last
         self.seed = seed
         self.rank = rank
@@ -451,23 +471,24 @@ class Batches:
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields this rank's (x, y): x float32 in [0, 1], (B, C, H, W), y int64, (B,), both on `device`."""
-        images, labels = self.dataset.images, self.dataset.labels
-        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-        order = torch.randperm(len(labels), generator=generator) if self.shuffle else torch.arange(len(labels))
-        for k in range(len(self)):
-            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
-            mine = batch[self.rank :: self.world_size].to(images.device)
-            x, y = self._send(images[mine]), self._send(labels[mine])
-            if self.augment:
-                # Drawn for the whole batch: an image is moved the same way whichever rank has it.
-                shift, flip = (t[self.rank :: self.world_size] for t in _moves(len(batch), 4, generator))
-                x = _move(x, self._send(shift), self._send(flip), 4)
-            yield x.to(torch.float32).div_(255), y
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields this rank's batches of an epoch, from number `start` on: `Dataset.batch`, augmented, on `device`.
 
-    def _send(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()  # only a copy from pinned memory leaves the host free to go on
-        return tensor.to(self.device, non_blocking=True)
+        All randomness follows from the seed, the epoch and the number of the batch, so that `start` resumes exactly.
+        """
+        size = len(self.dataset)
+        order = torch.randperm(size, generator=self._generator(epoch, 0)) if self.shuffle else torch.arange(size)
+        share = slice(self.rank, None, self.world_size)
+        for k in range(start, len(self)):
+            batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+            x, y = self.dataset.batch(batch[share], self.device)
+            if self.crop or self.flip:
+                # Drawn for the whole batch: an image is moved the same way whichever rank has it.
+                moves = _draw_moves(len(batch), self.crop, self.flip, self._generator(epoch, 1 + k))
+                x = _move(x, moves[share], self.crop)
+            yield x, y
+
+    def _generator(self, epoch: int, use: int) -> torch.Generator:
+        """One for the order of an epoch (use 0), and one for the augmentation of each of its batches."""
+        state = np.random.SeedSequence((self.seed, epoch, use)).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]) >> 1)
