@@ -97,8 +97,9 @@ def cuda_architectures(cpp_extension) -> list[str]:
     try:
         flags = cpp_extension._get_cuda_arch_flags()
     except (ValueError, IndexError) as error:
-        sys.exit(f"TORCH_CUDA_ARCH_LIST={wanted!r} cannot be used: {error}. An example that can: {DEFAULT_ARCHITECTURES}")
-    return sorted((flag.split("code=")[1] for flag in flags), key=lambda name: (name.startswith("compute"), name))
+        why = "no GPU is visible here" if wanted == "native" else error
+        sys.exit(f"TORCH_CUDA_ARCH_LIST={wanted!r} cannot be used: {why}. One that can: {DEFAULT_ARCHITECTURES}")
+    return sorted((flag.split(",code=")[1] for flag in flags), key=lambda name: (name.startswith("compute"), name))
 
 
 def use_all_cores() -> None:

@@ -36,7 +36,7 @@ def choose_toolkit(torch_version: str, torch_cuda: str | None) -> Toolkit:
         return find_toolkit(torch_cuda)
     except NoCuda as reason:
         if wish == "1":
-            sys.exit(f"LOCALLIP_CUDA=1 asks for the CUDA part, but {reason}.")
+            sys.exit(f"LOCALLIP_CUDA=1 asks for the CUDA part, but {reason}. Install what is missing or unset it.")
         raise
 
 
@@ -59,7 +59,7 @@ def find_toolkit(torch_cuda: str) -> Toolkit:
             if major(toolkit.version) == major(torch_cuda):
                 return toolkit
             passed_over.append(f"{toolkit.home} is CUDA {toolkit.version}")
-    reason = f"no CUDA {major(torch_cuda)} toolkit (bin/nvcc, include/cuda_runtime.h) was found for torch's {torch_cuda}"
+    reason = f"no toolkit for torch's CUDA {torch_cuda} was found (bin/nvcc and include/cuda_runtime.h)"
     if passed_over:
         reason += f"; passed over: {', '.join(dict.fromkeys(passed_over))}"
     raise NoCuda(reason)
@@ -76,7 +76,7 @@ def open_toolkit(home: Path) -> Toolkit | None:
 
 
 def roots_of_nvcc_on_path() -> list[Path]:
-    """Where the toolkit of the nvcc on PATH may lie. A wrapper script lies outside it, but its nvcc knows its own place."""
+    """Where the toolkit of the nvcc on PATH may lie. A wrapper script lies elsewhere, but nvcc itself knows its place."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return []
