@@ -76,7 +76,7 @@ def open_toolkit(home: Path) -> Toolkit | None:
 
 
 def roots_of_nvcc_on_path() -> list[Path]:
-    """Where the toolkit of the nvcc on PATH may lie. A wrapper script lies elsewhere, but nvcc itself knows its place."""
+    """Where the toolkit of the nvcc on PATH may lie. A wrapper lies elsewhere, but nvcc itself knows its place."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return []

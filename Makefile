@@ -1,0 +1,44 @@
+# make demo    train and certify a network on handwritten digits, about a minute on two cores
+# make test    all tests
+# make lint    ruff, mypy, clang-format
+# make bench   benchmarks beside their baselines
+#
+# Each creates .venv and installs what it needs first. TORCH chooses the torch, for example
+#     make test TORCH="torch==2.14.1"
+# and the extension is compiled for it, with CUDA where that torch has it and a CUDA toolkit is found.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip
+COMPILED = setup.py pyproject.toml $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test lint bench FORCE
+
+demo: $(VENV)/installed-plot
+	$(BIN)/locallip train digits --out runs/digits --overwrite
+	$(BIN)/locallip certify runs/digits
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m pytest bench
+
+# Editable, so that changed Python files count at once; changed C++ and CUDA files are compiled by the next make.
+$(VENV)/installed-%: $(VENV)/torch $(COMPILED)
+	$(PIP) install --editable '.[$*]'
+	@touch $@
+
+$(VENV)/torch: FORCE
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test "$$(cat $@ 2>/dev/null)" = '$(TORCH)' || { $(PIP) install '$(TORCH)' && echo '$(TORCH)' > $@; }
+
+FORCE:
