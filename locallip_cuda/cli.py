@@ -1,0 +1,286 @@
+"""The command line: ``locallip train PRESET``, ``locallip certify CHECKPOINT``, ``locallip info``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from . import data, evaluation, models, report, train
+from .build_info import build_info
+from .checkpoint import CheckpointError
+from .distributed import Workers
+from .norms import GUARANTEES, check_guarantee
+from .presets import PRESETS, Recipe, recipe
+
+
+def _real(text: str) -> float:
+    """A number, also as a fraction such as 36/255."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not supported; cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} asked for, but torch sees no GPU here")
+    return device
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if build_info()["cuda"] and torch.cuda.is_available() else "cpu")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _defaults(name: str) -> str:
+    """The default of a recipe number as ``--help`` shows it: one value, or each with the presets that have it."""
+    users: dict[str, list[str]] = {}
+    for preset in PRESETS:
+        own = getattr(recipe(preset), name)
+        users.setdefault(_show(own), []).append(preset)
+        maxmin = getattr(recipe(preset, "clipped-maxmin"), name)
+        if name != "activation" and maxmin != own:
+            users.setdefault(_show(maxmin), []).append(f"{preset} with (clipped-)maxmin")
+    if len(users) == 1:
+        return next(iter(users))
+    return "; ".join(f"{value} for {', '.join(presets)}" for value, presets in users.items())
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the recipe's numbers", "Each has the preset's value unless given here.")
+    types = get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        if field.name == "preset":
+            continue
+        options: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": f"{field.metadata['help']} (default: {_defaults(field.name)})".replace("%", "%%"),
+        }
+        kind = types[field.name]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif "choices" in field.metadata:
+            options["choices"] = field.metadata["choices"]
+        else:
+            options["type"] = _real if kind is float else kind
+            options["metavar"] = "X" if kind is float else "N"
+        group.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="locallip", description="Train and certify networks against l2 perturbations with local Lipschitz bounds."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    trainer = commands.add_parser(
+        "train",
+        help="train a network by a preset recipe",
+        description="Train a network by a preset recipe. Ctrl-C leaves a checkpoint; --resume goes on from it exactly. "
+        "Several processes: torchrun --nproc-per-node N --no-python locallip train ...",
+    )
+    trainer.add_argument("preset", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
+    trainer.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    trainer.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for checkpoint and logs (default: runs/PRESET)"
+    )
+    existing = trainer.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in --out, with its recipe")
+    existing.add_argument("--overwrite", action="store_true", help="start afresh although --out holds a run")
+    trainer.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    trainer.add_argument(
+        "--precision",
+        choices=train.PRECISIONS,
+        default="fp32",
+        help="of the products in clean pass and bounds: fp32; tf32, on GPUs; bf16, by autocast (default: fp32)",
+    )
+    _add_recipe_options(trainer)
+    trainer.set_defaults(run=_train)
+
+    certifier = commands.add_parser(
+        "certify",
+        help="measure a trained network's clean, attacked and certified accuracy",
+        description="Measure a trained network on the test set. Prints a table; writes certify.json and certify.png.",
+    )
+    certifier.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
+    certifier.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    certifier.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
+    certifier.add_argument("--eps", type=_real, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)")
+    certifier.add_argument("--limit", type=int, metavar="N", help="only the first N test samples (default: all)")
+    certifier.add_argument(
+        "--guarantee",
+        choices=GUARANTEES,
+        default="estimate",
+        help="what the certificates promise; estimate, the default and the only one there is yet, promises nothing",
+    )
+    certifier.add_argument(
+        "--iterations", type=int, default=50, metavar="N", help="steps for the operator norms (default: 50)"
+    )
+    certifier.add_argument(
+        "--attack-steps", type=int, default=100, metavar="N", help="steps of the attack, each eps / 4 (default: 100)"
+    )
+    certifier.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at a time (default: 256)")
+    certifier.add_argument("--seed", type=int, default=0, metavar="N", help="of the attack's random start (default: 0)")
+    certifier.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    certifier.set_defaults(run=_certify)
+
+    info = commands.add_parser("info", help="say what the extension was built for")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _recipe(arguments: argparse.Namespace, out: Path) -> Recipe:
+    """The preset's recipe with what the command line changes, or that of the run to resume."""
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Recipe) if f.name in vars(arguments)}
+    if not arguments.resume:
+        changes = {name: value for name, value in given.items() if name not in ("preset", "activation")}
+        return recipe(arguments.preset, given.get("activation")).replace(**changes)
+    path = out / train.CHECKPOINT_NAME
+    _, stored, _ = train.load_model(path)
+    for name, value in given.items():
+        if value != getattr(stored, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}, but the run in {out} has {getattr(stored, name)}; "
+                "a resumed run keeps its recipe"
+            )
+    return stored
+
+
+def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    out: Path = arguments.out or Path("runs") / arguments.preset
+    with Workers() as workers:
+        device = arguments.device or _default_device()
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", workers.local_rank)
+            torch.cuda.set_device(device)
+        workers.connect(device)
+        settings = train.Settings(
+            out=out,
+            data_root=arguments.data,
+            device=device,
+            precision=arguments.precision,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+        )
+        trainer = train.Trainer(_recipe(arguments, out), settings, workers)
+        done = trainer.epoch == trainer.recipe.epochs
+        try:
+            trainer.run()
+        except train.Interrupted as stop:
+            if workers.rank == 0:
+                again = [a for a in command if a not in ("--overwrite", "--resume")]
+                where = f"epoch {trainer.epoch + 1}, step {trainer.step} of {trainer.steps}"
+                print(f"Stopped by {signal.Signals(stop.number).name} in {where}. Checkpoint: {stop.path}")
+                print(f"Continue with: {shlex.join(['locallip', *again, '--resume'])}")
+                sys.stdout.flush()
+            return 128 + stop.number
+        if workers.rank == 0:
+            if done:
+                print(f"The run in {out} has had its {trainer.recipe.epochs} epochs; nothing is left to do.")
+            else:
+                print(f"Trained {trainer.seconds:.0f} s. Checkpoint: {trainer.path}")
+            data_option = f" --data {shlex.quote(str(arguments.data))}" if arguments.data else ""
+            print(f"Certify with: locallip certify {shlex.quote(str(out))}{data_option}")
+    return 0
+
+
+def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    check_guarantee(arguments.guarantee, 1e-9)
+    path: Path = arguments.checkpoint
+    if path.is_dir():
+        path = path / train.CHECKPOINT_NAME
+    model, stored, config = train.load_model(path)
+    device = arguments.device or _default_device()
+    eps = stored.eps if arguments.eps is None else arguments.eps
+    name = models.spec(stored.preset).data
+    dataset = data.load(name, arguments.data, train=False)
+    train.set_precision("fp32")
+    measurement = evaluation.measure(
+        model.to(device),
+        dataset,
+        eps,
+        radius=stored.radius,
+        guarantee=arguments.guarantee,
+        iterations=arguments.iterations,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        attack_steps=arguments.attack_steps,
+        seed=arguments.seed,
+        quiet=not sys.stderr.isatty(),
+    )
+    title = f"{stored.preset}, {stored.activation}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
+    print(report.table(measurement, title))
+    out: Path = arguments.out or path.parent
+    out.mkdir(parents=True, exist_ok=True)
+    context = {
+        "command": ["locallip", *command],
+        "checkpoint": {"path": str(path), "sha256": report.digest(path), "epoch": config["position"]["epoch"]},
+        "recipe": stored.to_dict(),
+        "data": {"name": name, "split": "test", "samples": measurement.samples, "crc32": report.checksum(dataset)},
+        "settings": {
+            "iterations": arguments.iterations,
+            "attack_steps": arguments.attack_steps,
+            "attack_step_size": eps / 4,
+            "batch_size": arguments.batch_size,
+            "seed": arguments.seed,
+        },
+        "environment": report.environment(device),
+    }
+    report.write_json(out / "certify.json", measurement, context)
+    if report.plot(out / "certify.png", measurement, f"{stored.preset}, {stored.activation}"):
+        print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
+    else:
+        print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")
+    return 0
+
+
+def _info(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    for name, value in build_info().items():
+        print(f"{name:<14}{', '.join(map(str, value)) if isinstance(value, list) else value}")
+    print(f"{'GPU':<14}{torch.cuda.get_device_name() if torch.cuda.is_available() else None}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, 1 for a failure on the way, 2 for what the user can put right, 128 +
+    the signal's number for a training that was stopped."""
+    command = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(command)
+    try:
+        return int(arguments.run(arguments, command))
+    except (CheckpointError, ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        message, code = str(error), 2
+    except FileExistsError as error:
+        message, code = f"{error} (--resume, --overwrite, --out)", 2
+    except NotImplementedError as error:
+        message, code = str(error), 2
+    except (OSError, ImportError, train.TrainingError) as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 128 + signal.SIGINT
+    print(f"locallip: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""How a measurement is shown and kept: a table for the terminal, JSON to repeat it, a plot of the curve."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import textwrap
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .build_info import build_info
+from .checkpoint import write_atomically
+from .data import Dataset
+from .evaluation import Measurement
+
+CAVEAT = {
+    "estimate": (
+        "Guarantee 'estimate': the norms come from an iteration that approaches the true ones from below, and its "
+        "arithmetic is rounded. The certified figures are estimates and no proof: they may be too high."
+    )
+}
+
+
+def table(measurement: Measurement, title: str) -> str:
+    """The measurement as aligned plain text, with what its guarantee is worth in plain words."""
+    m, seconds = measurement, measurement.seconds
+    rows = [
+        ("", "value", "time"),
+        ("clean accuracy", f"{m.clean:.2%}", f"{seconds['clean']:.1f} s"),
+        ("accuracy under attack (PGD)", f"{m.attacked:.2%}", f"{seconds['attack']:.1f} s"),
+        (f"certified ({m.guarantee}), local bound", f"{m.certified_local:.2%}", f"{seconds['local bound']:.1f} s"),
+        (f"certified ({m.guarantee}), global bound", f"{m.certified_global:.2%}", f"{seconds['global bound']:.1f} s"),
+        ("mean local Lipschitz constant", f"{m.lipschitz_local:.4g}", ""),
+        ("global Lipschitz constant", f"{m.lipschitz_global:.4g}", ""),
+        ("certified samples the attack broke", f"{m.certified_and_broken}", ""),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
+    rule = "-" * max(map(len, lines))
+    caveat = textwrap.fill(CAVEAT[m.guarantee], max(len(rule), 72))
+    return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, caveat])
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Program, libraries and hardware, as far as they can change a figure."""
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    return {
+        "build": build_info(),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this package lies in, None for an installed copy."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def checksum(dataset: Dataset) -> str:
+    """CRC-32 over images and labels, in hexadecimal: tells one copy of a data set from another."""
+    labels = dataset.labels.cpu().numpy().tobytes()
+    return f"{zlib.crc32(labels, zlib.crc32(dataset.images.cpu().contiguous().numpy())):08x}"
+
+
+def write_json(path: Path, measurement: Measurement, context: dict[str, Any]) -> None:
+    """The measurement and all that is needed to repeat it. OSError when it cannot be stored."""
+    values = {**context, "result": asdict(measurement), "caveat": CAVEAT[measurement.guarantee]}
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def plot(path: Path, measurement: Measurement, title: str) -> bool:
+    """Draw certified accuracy over the radius as PNG. False, and no file, where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    m = measurement
+    radii, local, everywhere = ([row[i] for row in m.curve] for i in range(3))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(radii, [100 * v for v in local], marker="o", label=f"local bound ({m.guarantee})")
+    axes.plot(radii, [100 * v for v in everywhere], marker="s", label=f"global bound ({m.guarantee})")
+    axes.plot([m.eps], [100 * m.attacked], marker="x", linestyle="none", color="black", label="under attack (PGD)")
+    axes.axvline(m.eps, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="l2 radius", ylabel="accuracy (%)", title=title, ylim=(0, 100), xlim=(0, max(radii) or 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150)
+    return True

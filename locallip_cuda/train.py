@@ -1,0 +1,467 @@
+"""Certified training: the loss as one module, the loop around it, and what makes a run resume exactly.
+
+The order of the samples and their augmentation follow from the seed, the epoch and the step, so that a run can stop
+after any step; a checkpoint then holds the weights, Adam's state, the position, the sums behind the epoch's
+statistics and the random states of every process.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from . import checkpoint, data, losses, models
+from .bounds import LocalBounds, local_bounds
+from .build_info import build_info
+from .checkpoint import CheckpointError
+from .distributed import Workers
+from .nn import project_thresholds_
+from .presets import Recipe
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+# Looks at the test set during training take more steps for the norms than training does: an estimate from few steps
+# is too low and would certify too much.
+EVALUATION_ITERATIONS = 12
+
+_STATISTICS = ("samples", "loss", "clean", "correct", "bounded", "robust", "sparsity", "certified", "lipschitz")
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM stopped the training after a whole step; the checkpoint at ``path`` holds everything."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; checkpoint: {path}")
+        self.number = number
+        self.path = path
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, for instance because the loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how a recipe runs; unlike the recipe it may differ when a run is resumed.
+
+    Attributes:
+        data_root: folder of the data sets, None for a preset that needs none.   out: folder of checkpoint and logs.
+        device: where to compute.   precision: fp32, tf32 (GPU only) or bf16, for the products of clean pass and bounds.
+        resume: continue from the checkpoint in ``out``.   overwrite: start afresh although there is one.
+    """
+
+    out: Path
+    data_root: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "fp32"
+    resume: bool = False
+    overwrite: bool = False
+
+
+def set_precision(precision: str) -> None:
+    """Let float32 products on the GPU round to TF32, or not. ValueError for an unknown precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a network and its bounds are computed with ``precision``."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def certified_loss(kind: str, bounds: LocalBounds, y: Tensor) -> Tensor:
+    """The certified loss ``kind`` (bcp, gloro or lmt; DESIGN 2.7), a scalar."""
+    function = {"bcp": losses.robust_cross_entropy, "gloro": losses.gloro, "lmt": losses.lipschitz_margin}[kind]
+    return function(bounds, y)
+
+
+class Objective(nn.Module):
+    """The training loss of a recipe as a module: forward(x, y, eps, kappa) -> (loss, statistics).
+
+    loss = kappa * CE(clean) + (1 - kappa) * (certified loss + sparse * sparsity loss). That the bounds are computed in
+    here, on the wrapped parameters, is what lets DistributedDataParallel see them. At kappa = 1 only the clean logits
+    are needed, and no bound is computed. The statistics are sums over the batch, in the order of ``_STATISTICS``,
+    float64 on x's device.
+    """
+
+    def __init__(self, model: nn.Sequential, recipe: Recipe, precision: str = "fp32") -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.precision = precision
+
+    def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
+        recipe, count = self.recipe, x.shape[0]
+        zero = torch.zeros((), dtype=torch.float64, device=x.device)
+        robust = sparsity = certified = lipschitz = zero
+        bounded = kappa < 1
+        with autocast(self.precision, x.device):
+            if bounded:
+                bounds = local_bounds(self.model, x, eps, radius=recipe.radius, iterations=recipe.iterations)
+                logits = bounds.logits
+            else:
+                logits = self.model(x)
+        clean = F.cross_entropy(logits.float(), y)
+        loss = kappa * clean
+        if bounded:
+            robust = certified_loss(recipe.loss, bounds, y)
+            loss = loss + (1 - kappa) * robust
+            if recipe.sparse:
+                sparsity = losses.sparsity(bounds, recipe.threshold_weight)
+                loss = loss + (1 - kappa) * recipe.sparse * sparsity
+            with torch.no_grad():
+                certified = (bounds.margin(y) > 0).sum()
+                lipschitz = bounds.lipschitz.sum()
+        correct = (logits.detach().argmax(1) == y).sum()
+        means = (loss * count, clean * count, correct, count * bounded, robust * count, sparsity * count)
+        sums = (count, *means, certified, lipschitz)
+        statistics = torch.stack([torch.as_tensor(s, device=x.device).detach().double() for s in sums])
+        return loss, statistics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Shares of a set that are classified rightly and certified, and the mean local Lipschitz constant."""
+
+    accuracy: float
+    certified: float
+    lipschitz: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Sequential,
+    dataset: data.Dataset,
+    recipe: Recipe,
+    precision: str = "fp32",
+    workers: Workers | None = None,
+) -> Evaluation:
+    """A quick look at ``dataset`` at the recipe's radius: norms are estimates, nothing here is proved."""
+    workers = workers or Workers()
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    batches = data.Batches(dataset, recipe.batch_size, device=device, rank=workers.rank, world_size=workers.count)
+    model.eval()
+    for x, y in batches.epoch():
+        with autocast(precision, device):
+            bounds = local_bounds(model, x, recipe.eps, radius=recipe.radius, iterations=EVALUATION_ITERATIONS)
+            correct = bounds.logits.argmax(1) == y
+            certified = bounds.margin(y) > 0
+        sums += torch.stack([correct.sum(), certified.sum(), bounds.lipschitz.sum()])
+    model.train()
+    accuracy, certified_share, lipschitz = (workers.sum(sums) / len(dataset)).tolist()
+    return Evaluation(accuracy, certified_share, lipschitz)
+
+
+class _Signals:
+    """Within it, SIGINT and SIGTERM are noted instead of acted on; a second one is not held back in a single process.
+
+    Under torchrun a Ctrl-C reaches each process twice, from the terminal and from torchrun.
+    """
+
+    def __init__(self, hold_all: bool) -> None:
+        self.number = 0
+        self._hold_all = hold_all
+        self._previous: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number and not self._hold_all:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One training run. Construct it, then call :meth:`run`; the state in between is that of the checkpoint.
+
+    ValueError when the recipe and the data or the number of processes do not fit, CheckpointError when ``resume`` finds
+    no checkpoint or one of another recipe, FileExistsError when ``out`` holds a run that nobody said to continue.
+    """
+
+    def __init__(self, recipe: Recipe, settings: Settings, workers: Workers | None = None) -> None:
+        self.recipe = recipe
+        self.settings = settings
+        self.workers = workers or Workers()
+        self.path = settings.out / CHECKPOINT_NAME
+        if recipe.batch_size % self.workers.count:
+            raise ValueError(
+                f"batch_size is {recipe.batch_size}; it must be a multiple of the {self.workers.count} processes"
+            )
+        if self.path.exists() and not (settings.resume or settings.overwrite):
+            raise FileExistsError(f"{self.path} exists; resume it, overwrite it, or choose another folder")
+        set_precision(settings.precision)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+
+        name = models.spec(recipe.preset).data
+        self.training_set = data.load(name, settings.data_root, train=True).to(settings.device)
+        self.test_set = data.load(name, settings.data_root, train=False).to(settings.device)
+        self.batches = data.Batches(
+            self.training_set,
+            recipe.batch_size,
+            device=settings.device,
+            shuffle=True,
+            crop=recipe.crop,
+            flip=recipe.flip,
+            drop_last=True,
+            seed=recipe.seed,
+            rank=self.workers.rank,
+            world_size=self.workers.count,
+        )
+        self.steps = len(self.batches)
+
+        self.model = build_model(recipe).to(settings.device)
+        torch.manual_seed(recipe.seed + self.workers.rank)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
+        self.epoch = self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.totals = torch.zeros(len(_STATISTICS), dtype=torch.float64, device=settings.device)
+        if settings.resume:
+            self._restore()
+        objective = Objective(self.model, recipe, settings.precision)
+        self.objective: nn.Module = objective
+        if self.workers.count > 1:
+            device_ids = [settings.device] if settings.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(objective, device_ids=device_ids)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the checkpoint (process 0; the others help to gather). OSError when it cannot be stored."""
+        states = {"cpu": self.workers.gather(torch.get_rng_state())}
+        if self.settings.device.type == "cuda":
+            states["cuda"] = self.workers.gather(torch.cuda.get_rng_state(self.settings.device))
+        totals = self.workers.sum(self.totals)
+        if self.workers.rank:
+            return
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"optimiser/{name}/{key}"] = value
+        for kind, parts in states.items():
+            tensors.update({f"random/{kind}/{rank}": state for rank, state in enumerate(parts)})
+        tensors["progress/totals"] = totals
+        config = {
+            "recipe": self.recipe.to_dict(),
+            "position": {"epoch": self.epoch, "step": self.step},
+            "seconds": self.seconds,
+            "history": self.history,
+            "samples": len(self.training_set),
+            "processes": self.workers.count,
+            "precision": self.settings.precision,
+            "device": self.settings.device.type,
+            "versions": {"locallip_cuda": build_info()["version"], "torch": torch.__version__},
+        }
+        checkpoint.save(self.path, tensors, config)
+
+    def _restore(self) -> None:
+        tensors, config = checkpoint.load(self.path)
+        try:
+            recipe = Recipe.from_dict(config["recipe"])
+            position, samples = config["position"], int(config["samples"])
+            self.epoch, self.step = int(position["epoch"]), int(position["step"])
+            self.seconds, self.history = float(config["seconds"]), list(config["history"])
+            totals = tensors["progress/totals"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: its configuration is not a training run's ({error})") from error
+        if recipe != self.recipe:
+            ours, theirs = self.recipe.to_dict(), recipe.to_dict()
+            other = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
+            raise CheckpointError(f"{self.path}: its run has {'; '.join(other)}")
+        if samples != len(self.training_set):
+            raise CheckpointError(
+                f"{self.path}: trained on {samples} samples, the training set here has {len(self.training_set)}"
+            )
+        checkpoint.load_into(self.model, checkpoint.group(tensors, "model"), self.path)
+        self._restore_optimiser(checkpoint.group(tensors, "optimiser"))
+        # Each process carries its own part of the sums and of the random state; what is left of the sums goes to one.
+        if self.workers.rank == 0:
+            self.totals.copy_(totals)
+        random = checkpoint.group(tensors, "random")
+        rank = self.workers.rank
+        if f"cpu/{rank}" in random:
+            torch.set_rng_state(random[f"cpu/{rank}"])
+        if self.settings.device.type == "cuda" and f"cuda/{rank}" in random:
+            torch.cuda.set_rng_state(random[f"cuda/{rank}"], self.settings.device)
+
+    def _restore_optimiser(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:  # a checkpoint from before the first step
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            state[index] = checkpoint.group(tensors, name)
+            expected = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            if {key: value.shape for key, value in state[index].items()} != expected:
+                raise CheckpointError(f"{self.path}: Adam's state of {name!r} is incomplete or has another shape")
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Evaluation | None:
+        """Train to the end, with a checkpoint after every epoch. Returns the last look at the test set.
+
+        Interrupted after SIGINT or SIGTERM, once the checkpoint is written; TrainingError when the loss is no number;
+        OSError when a checkpoint cannot be written. The previous checkpoint is whole in every case.
+        """
+        evaluation: Evaluation | None = None
+        self.settings.out.mkdir(parents=True, exist_ok=True)
+        with _Signals(self.workers.started_by_torchrun) as signals, self._tensorboard() as board:
+            while self.epoch < self.recipe.epochs:
+                speed = self._train_epoch(signals)
+                evaluation = self._finish_epoch(board, speed) or evaluation
+                self.save()
+                if self.epoch < self.recipe.epochs and self.workers.any(bool(signals.number)):
+                    raise Interrupted(signals.number or signal.SIGTERM, self.path)
+        return evaluation
+
+    def _train_epoch(self, signals: _Signals) -> float:
+        """The rest of the current epoch; returns the samples per second."""
+        recipe, device = self.recipe, self.settings.device
+        quiet = self.workers.rank > 0 or not sys.stderr.isatty()
+        first, started, shown = self.step, time.perf_counter(), 0.0
+        before = self.seconds
+        with tqdm(total=self.steps, initial=first, unit="step", leave=False, disable=quiet, dynamic_ncols=True) as bar:
+            bar.set_description(f"epoch {self.epoch + 1}/{recipe.epochs}")
+            for x, y in self.batches.epoch(self.epoch, first):
+                self._train_step(x, y)
+                self.step += 1
+                self.seconds = before + time.perf_counter() - started
+                bar.update()
+                if not quiet and time.perf_counter() - shown > 1:  # reading the sums waits for the GPU
+                    done = (self.step - first) * recipe.batch_size
+                    bar.set_postfix_str(
+                        _line(_means(self.totals.tolist())) + f", {done / (self.seconds - before):.0f} samples/s"
+                    )
+                    shown = time.perf_counter()
+                if self.step < self.steps and self.workers.any(bool(signals.number)):
+                    self.save()
+                    raise Interrupted(signals.number or signal.SIGTERM, self.path)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds = before + time.perf_counter() - started
+        return (self.step - first) * recipe.batch_size / max(self.seconds - before, 1e-9)
+
+    def _train_step(self, x: Tensor, y: Tensor) -> None:
+        now = self.epoch + self.step / self.steps
+        for settings in self.optimiser.param_groups:
+            settings["lr"] = self.recipe.learning_rate_at(now)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss, statistics = self.objective(x, y, self.recipe.radius_at(now), self.recipe.kappa(now))
+        loss.backward()
+        self.optimiser.step()
+        project_thresholds_(self.model)
+        self.totals += statistics
+
+    def _finish_epoch(self, board: Any, speed: float) -> Evaluation | None:
+        recipe, end = self.recipe, self.epoch + (self.steps - 1) / self.steps
+        means = _means(self.workers.sum(self.totals).tolist())
+        self.totals.zero_()
+        if means["loss"] != means["loss"] or means["loss"] in (float("inf"), float("-inf")):
+            raise TrainingError(f"the loss of epoch {self.epoch + 1} is {means['loss']}; try a lower learning rate")
+        self.epoch, self.step = self.epoch + 1, 0
+        evaluation = None
+        if self.epoch % recipe.evaluate_every == 0 or self.epoch == recipe.epochs:
+            evaluation = evaluate(self.model, self.test_set, recipe, self.settings.precision, self.workers)
+        schedule = {
+            "kappa": recipe.kappa(end),
+            "eps": recipe.radius_at(end),
+            "learning_rate": recipe.learning_rate_at(end),
+        }
+        record = {"epoch": float(self.epoch), **means, **schedule, "samples_per_second": speed}
+        text = f"epoch {self.epoch}/{recipe.epochs}: {_line(means)} at eps {schedule['eps']:.3g}"
+        if evaluation is not None:
+            record.update({f"test_{name}": value for name, value in vars(evaluation).items()})
+            text += (
+                f"; test: accuracy {evaluation.accuracy:.2%}, certified (estimate) {evaluation.certified:.2%} "
+                f"at eps {recipe.eps:.3g}, Lipschitz {evaluation.lipschitz:.3g}"
+            )
+        text += f"; lr {schedule['learning_rate']:.2g}, kappa {schedule['kappa']:.2f}, {speed:.0f} samples/s"
+        self.history.append(record)
+        if self.workers.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+            if board is not None:
+                for name, value in record.items():
+                    board.add_scalar(name.replace("test_", "test/", 1), value, self.epoch)
+        return evaluation
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[Any]:
+        """A TensorBoard writer in the output folder, None without the package or in other processes than the first."""
+        if self.workers.rank:
+            yield None
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            yield None
+            return
+        # What an earlier process logged beyond its last checkpoint is dropped.
+        with SummaryWriter(str(self.settings.out), purge_step=self.epoch + 1) as board:  # type: ignore[no-untyped-call]
+            yield board
+
+
+def build_model(recipe: Recipe) -> nn.Sequential:
+    """The recipe's network with fresh weights from its seed (torch's global generator is seeded)."""
+    torch.manual_seed(recipe.seed)
+    return models.build(
+        recipe.preset,
+        recipe.activation,
+        threshold=recipe.threshold_init,
+        clip=(recipe.clip_init_first, recipe.clip_init_last),
+    )
+
+
+def load_model(path: Path) -> tuple[nn.Sequential, Recipe, dict[str, Any]]:
+    """The network, the recipe and the whole configuration of a checkpoint. CheckpointError when it is unusable."""
+    tensors, config = checkpoint.load(path)
+    try:
+        recipe = Recipe.from_dict(config["recipe"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration is not a training run's ({error})") from error
+    model = build_model(recipe)
+    checkpoint.load_into(model, checkpoint.group(tensors, "model"), path)
+    return model.eval(), recipe, config
+
+
+def _means(totals: Sequence[float]) -> dict[str, float]:
+    """Means over the samples; those of the bound over the samples that had one (none in the warm-up)."""
+    sums = dict(zip(_STATISTICS, totals, strict=True))
+    means = {name: sums[name] / max(sums["samples"], 1) for name in ("loss", "clean", "correct")}
+    bounded = {name: sums[name] / max(sums["bounded"], 1) for name in ("robust", "sparsity", "certified", "lipschitz")}
+    return {**means, **bounded}
+
+
+def _line(means: dict[str, float]) -> str:
+    text = f"loss {means['loss']:.4f} (clean {means['clean']:.4f}"
+    if means["robust"]:
+        text += f", robust {means['robust']:.4f}"
+    if means["sparsity"]:
+        text += f", sparsity {means['sparsity']:.4f}"
+    return f"{text}), accuracy {means['correct']:.2%}, certified {means['certified']:.2%}"
