@@ -5,8 +5,8 @@ Bounds" (NeurIPS 2021), whose code extends box constraint propagation (Lee, Lee,
 
 1. Propagate, layer by layer, a box (centre through W, half-width through |W|) and a ball whose radius is
    multiplied by the *global* norm of each layer; intersect both before and after each activation. The ball bounds a
-   pre-activation by the radius times the norm of its row; for a convolution that is the norm of the whole kernel, at the
-   zero-padded borders too.
+   pre-activation by the radius times the norm of its row; for a convolution that is the norm of the whole kernel, at
+   the zero-padded borders too.
 2. Read from the pre-activation box which rows and columns are constant.
 3. Power iteration per sample on each masked operator; the product of these *local* norms times eps is the radius at the
    last layer's input, and it is used nowhere else.
@@ -15,16 +15,19 @@ Bounds" (NeurIPS 2021), whose code extends box constraint propagation (Lee, Lee,
 
 Gradients flow through all of it, every step of the power iterations included.
 
-Where this departs from the published code it does less work, so that the baseline is not slowed down by what the method
-does not need:
+Two things are left to the caller, so that a benchmark can time the method both as published and as a careful user
+of plain PyTorch would write it. Published: the clean loss has a forward pass of its own; here the bound pass has the
+clean logits too. Published: worst logits are computed for all K x K pairs of classes, of which K are then used
+(`all_pairs=True`); without it, for the label's K pairs.
 
-- the clean logits are those of the bound pass (published: a second forward pass for the clean loss);
+Where the rest departs from the published code it does less work, so that the baseline is not slowed down by what the
+method does not need:
+
 - the first layer's box centre, which is its clean value, is computed once;
 - bounds are kept as lower and upper ends (published: converted to centre and half-width and back at every step);
+- masks come from comparisons (published: zeros, ones and indexed writes);
 - the power iterations run a fixed number of steps (published: they also test for convergence at every step, which
   costs a pass over the vectors and, on a GPU, a synchronisation; at the recipes' 1 to 5 steps it never stops them);
-- worst logits are computed for the label's class pairs only (published: for all K x K pairs, of which K are then
-  used; `all_pairs=True` does that);
 - random starts are drawn by `random_state` ahead of time, so that a benchmark need not time them (published:
   the last epoch's vectors are stored for every training sample, and copied in and out at every step).
 """
@@ -46,7 +49,7 @@ TINY = 1e-12
 
 @dataclass
 class PowerState:
-    """Start vectors, one an operator below the last: `shared` (1, *input) for the global norms, `per_sample` (B, *input)."""
+    """Start vectors, one per layer but the last: `shared` (1, *input) for the global norms, `per_sample` (B, *input)."""
 
     shared: list[Tensor] = field(default_factory=list)
     per_sample: list[Tensor] = field(default_factory=list)
@@ -75,7 +78,9 @@ class PaperBounds:
         classes = torch.arange(len(self.weight), device=y.device)
         if all_pairs:
             difference = self.weight.unsqueeze(0) - self.weight.unsqueeze(1)  # [i, j] is w_j - w_i
-            gain = translation_loop(difference[None], self.radius.view(-1, 1, 1), low[:, None, None], high[:, None, None], steps)
+            gain = translation_loop(
+                difference[None], self.radius.view(-1, 1, 1), low[:, None, None], high[:, None, None], steps
+            )
             gain = gain[torch.arange(len(y), device=y.device), y]
         else:
             difference = self.weight - self.weight[y].unsqueeze(1)  # (B, K, h)
@@ -86,8 +91,8 @@ class PaperBounds:
 def translation_loop(difference: Tensor, radius: Tensor, low: Tensor, high: Tensor, steps: int) -> Tensor:
     """max of difference . delta over the ball of `radius` and low <= delta <= high, from above.
 
-    difference (..., h), radius (...), low <= 0 <= high (..., h), broadcast against each other; returns (...). Every round
-    fixes the coordinates that reach the box at its side and stretches the others to the radius that remains. It
+    difference (..., h), radius (...), low <= 0 <= high (..., h), broadcast against each other; returns (...). Every
+    round fixes the coordinates that reach the box at its side and stretches the others to the radius that remains. It
     ends when none leaves the box (then it is the maximum), or after `steps` rounds.
     """
     delta = radius.unsqueeze(-1) * F.normalize(difference, dim=-1)
@@ -131,10 +136,7 @@ def paper_bounds(
             clean = layer(mu)
             box_centre = layer((upper + lower) / 2) if operators else clean
             box_half = _apply(layer, (upper - lower) / 2, layer.weight.abs())
-            row_norms = layer.weight.flatten(1).norm(dim=1)
-            ball = _per_sample(radius, clean) * row_norms.view(1, -1, *[1] * (clean.dim() - 2))
-            lower = torch.maximum(box_centre - box_half, clean - ball)
-            upper = torch.minimum(box_centre + box_half, clean + ball)
+            lower, upper = box_and_ball(clean, box_centre, box_half, layer.weight.flatten(1).norm(dim=1), radius)
             norm, vector = _power_iteration(layer, starts.shared[len(operators)], None, None, iterations)
             reached.shared.append(vector)
             global_norms.append(norm)
@@ -148,19 +150,14 @@ def paper_bounds(
             if operators and columns[-1] is not None:
                 columns[-1] = layer(columns[-1])
         elif isinstance(layer, nn.ReLU | ClippedReLU | MaxMin | ClippedMaxMin):
-            if isinstance(layer, nn.ReLU):
-                rows[-1] = columns[-1] = (upper > 0).to(x.dtype)
-            elif isinstance(layer, ClippedReLU):
-                rows[-1] = columns[-1] = ((upper > 0) & (lower < layer.threshold)).to(x.dtype)
+            rows[-1] = row_mask(layer, lower, upper)
             reach = _per_sample(radius, mu)
             lower, upper = (
                 torch.maximum(layer(lower), layer(mu - reach)),
                 torch.minimum(layer(upper), layer(mu + reach)),
             )
             mu = layer(mu)
-            if isinstance(layer, ClippedMaxMin):
-                low_max, high_min = lower.chunk(2, 1)[0], upper.chunk(2, 1)[1]
-                columns[-1] = torch.cat([low_max < layer.upper, high_min > layer.lower], 1).to(x.dtype)
+            columns[-1] = rows[-1] if rows[-1] is not None else column_mask(layer, lower, upper)
         else:
             raise TypeError(f"model[{index}]: {type(layer).__name__} is not part of the published method")
 
@@ -185,6 +182,34 @@ def paper_bounds(
         weight=layers[-1].weight,
         state=reached,
     )
+
+
+def box_and_ball(
+    clean: Tensor, centre: Tensor, half: Tensor, row_norms: Tensor, radius: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Lower and upper ends of the box centre +- half intersected with the ball clean +- radius * row_norms.
+
+    clean, centre, half: (B, C, ...); row_norms (C,); radius (B,).
+    """
+    ball = _per_sample(radius, clean) * row_norms.view(1, -1, *[1] * (clean.dim() - 2))
+    return torch.maximum(centre - half, clean - ball), torch.minimum(centre + half, clean + ball)
+
+
+def row_mask(activation: nn.Module, lower: Tensor, upper: Tensor) -> Tensor | None:
+    """1 where a unit of ReLU or ClippedReLU can vary between its pre-activation bounds; None for other activations."""
+    if isinstance(activation, nn.ReLU):
+        return (upper > 0).to(upper.dtype)
+    if isinstance(activation, ClippedReLU):
+        return ((upper > 0) & (lower < activation.threshold)).to(upper.dtype)
+    return None
+
+
+def column_mask(activation: nn.Module, lower: Tensor, upper: Tensor) -> Tensor | None:
+    """1 where an output of ClippedMaxMin can vary, from the bounds of its outputs; None for other activations."""
+    if not isinstance(activation, ClippedMaxMin):
+        return None
+    low_max, high_min = lower.chunk(2, 1)[0], upper.chunk(2, 1)[1]
+    return torch.cat([low_max < activation.upper, high_min > activation.lower], 1).to(upper.dtype)
 
 
 def robust_cross_entropy(bounds: PaperBounds, y: Tensor, steps: int = 1, *, all_pairs: bool = False) -> Tensor:

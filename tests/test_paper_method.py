@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench import paper_method
 from torch import nn
 
+from bench import paper_method
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin
 
 EPS = 0.3
