@@ -72,7 +72,7 @@ class Dataset:
         return Dataset(self.name, self.images.to(device), self.labels.to(device), self.classes)
 
     def batch(self, index: Tensor, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-        """Images and labels number `index` (int64, (B,)) on `device`: x float32 in [0, 1], (B, C, H, W), y int64, (B,)."""
+        """Those of `index` (int64, (B,)) on `device`: x float32 in [0, 1], (B, C, H, W), and y int64, (B,)."""
         index = index.to(self.images.device)
         x, y = _send(self.images[index], device), _send(self.labels[index], device)
         return x.to(torch.float32).div_(255), y
@@ -159,8 +159,8 @@ class _PickledArray:
     def array(self) -> _Bytes:
         try:
             _, shape, dtype, fortran, data = self.state
-            if dtype.code in ("u1", b"u1", "uint8", b"uint8") and fortran in (False, True) and len(shape) == 2:
-                return np.frombuffer(bytes(data), np.uint8).reshape(shape, order="F" if fortran else "C")
+            if dtype.code in ("u1", b"u1") and isinstance(data, bytes) and len(shape) == 2:
+                return np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
         except (TypeError, ValueError, AttributeError):
             pass
         raise ValueError("its array is not a two-dimensional one of uint8")
@@ -189,14 +189,14 @@ class _Cifar10Unpickler(pickle.Unpickler):
         return self._KNOWN[module, name]
 
 
-def _cifar10_pickle(path: Path) -> tuple[_Bytes, _Bytes]:
+def _cifar10_pickle(path: Path) -> tuple[_Bytes, NDArray[Any]]:
     wanted = "want a pickled dict with b'data' (uint8, N x 3072) and b'labels' (N numbers in 0..9)"
     try:
         with path.open("rb") as stream:
             content = _Cifar10Unpickler(stream, encoding="bytes").load()
         by_name = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in content.items()}
         data = by_name["data"].array()
-        labels = np.array(by_name["labels"], dtype=np.uint8)
+        labels = np.array(by_name["labels"], dtype=np.int64)
     except OSError:
         raise
     except Exception as error:  # a corrupt pickle can raise nearly anything
@@ -206,7 +206,7 @@ def _cifar10_pickle(path: Path) -> tuple[_Bytes, _Bytes]:
     return data, labels
 
 
-def _cifar10_records(path: Path) -> tuple[_Bytes, _Bytes]:
+def _cifar10_records(path: Path) -> tuple[_Bytes, NDArray[Any]]:
     raw = np.fromfile(path, np.uint8)
     if not raw.size or raw.size % 3073:
         raise ValueError(f"{path}: {raw.size} bytes are not a whole number of CIFAR-10's records of 3073 bytes")
@@ -343,9 +343,11 @@ def _folder(root: Path, name: str, content: str) -> Path:
     return folder
 
 
-def _dataset(name: str, images: _Bytes, labels: _Bytes, classes: int, path: Path) -> Dataset:
-    if labels.size and int(labels.max()) >= classes:
-        raise ValueError(f"{path}: labels must lie in 0..{classes - 1}, got {int(labels.max())}")
+def _dataset(name: str, images: _Bytes, labels: NDArray[Any], classes: int, path: Path) -> Dataset:
+    if not labels.size:
+        raise ValueError(f"{path}: holds no images")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"{path}: labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}")
     return Dataset(name, torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)), classes)
 
 
