@@ -1,0 +1,158 @@
+"""The command line as a user meets it: help, a whole run, Ctrl-C, and errors that are one clear line."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from locallip_cuda import build_info, checkpoint, cli, train
+from locallip_cuda.presets import Recipe
+
+TRAIN = ["train", "digits", "--device", "cpu", "--batch-size", "256"]
+
+
+def _help(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, "--help"])
+    assert done.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_explains_every_number_and_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _help("train", capsys)
+    for field in dataclasses.fields(Recipe):
+        if field.name != "preset":
+            assert f"--{field.name.replace('_', '-')} " in text or f"--{field.name}, --no-" in text, field.name
+            assert text.count(field.metadata["help"]) == 1, field.name
+    assert "0.1551 for cifar10-4c3f, cifar10-6c2f; 0.16 for tinyimagenet-8c2f" in text
+    assert "0.0001 for tinyimagenet-8c2f with (clipped-)maxmin" in text
+    assert "(default: 50)" in _help("certify", capsys)
+
+
+def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert cli.main([*TRAIN, "--epochs", "3", "--eps", "1/4", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("epoch ") == 3 and "certified (estimate)" in printed and "samples/s" in printed
+    assert f"Certify with: locallip certify {out}" in printed
+    assert list(out.glob("events.out.tfevents.*"))
+
+    assert cli.main(["certify", str(out), "--limit", "100", "--attack-steps", "10", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "100 test samples of digits, l2 radius 0.25" in printed and "no proof" in " ".join(printed.split())
+    assert (out / "certify.png").exists()
+    values = json.loads((out / "certify.json").read_text())
+    assert values["result"]["samples"] == 100 and values["result"]["eps"] == 0.25
+    assert values["command"][:3] == ["locallip", "certify", str(out)]
+    assert values["recipe"]["epochs"] == 3 and values["environment"]["torch"] == torch.__version__
+    assert cli.main(["certify", str(out / train.CHECKPOINT_NAME), "--limit", "9", "--out", str(tmp_path / "else")]) == 0
+    assert (tmp_path / "else" / "certify.json").exists()
+
+
+def test_every_number_reaches_the_recipe(tmp_path: Path) -> None:
+    given = {
+        **{"activation": "clipped-maxmin", "loss": "lmt", "radius": "global", "eps": 0.11, "eps_train": 0.12},
+        **{"epochs": 2, "warmup_epochs": 0.5, "rampup_epochs": 0.25, "constant_epochs": 1.5, "batch_size": 700},
+        **{"learning_rate": 0.003, "final_learning_rate": 0.002, "iterations": 3, "sparse": 0.02},
+        **{"threshold_weight": 0.2, "threshold_init": 1.5, "clip_init_first": 0.3, "clip_init_last": 0.6},
+        **{"crop": 2, "flip": True, "seed": 9, "evaluate_every": 2},
+    }
+    assert given.keys() == {f.name for f in dataclasses.fields(Recipe)} - {"preset"}
+    options = []
+    for name, value in given.items():
+        options += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    assert cli.main(["train", "digits", "--device", "cpu", "--out", str(tmp_path), *options]) == 0
+    _, stored, _ = train.load_model(tmp_path / train.CHECKPOINT_NAME)
+    assert stored.to_dict() == {"preset": "digits", **given}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_to_resume(tmp_path: Path, number: signal.Signals) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "locallip_cuda", *TRAIN, "--epochs", "2000", "--out", str(out)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and "epoch 1/2000" in process.stdout.readline()
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and not errors
+    assert f"Stopped by {number.name} in epoch" in printed
+    again = f"Continue with: locallip {' '.join(TRAIN)} --epochs 2000 --out {out} --resume"
+    assert again in printed
+    position = checkpoint.load(out / train.CHECKPOINT_NAME)[1]["position"]
+    assert f"in epoch {position['epoch'] + 1}, step {position['step']} of" in printed
+
+
+def test_resume_takes_the_runs_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*TRAIN, "--out", str(tmp_path)]
+    assert cli.main([*options, "--epochs", "1", "--eps", "0.2"]) == 0
+    assert cli.main([*options, "--resume"]) == 0
+    assert "has had its 1 epochs" in capsys.readouterr().out
+    assert cli.main([*options, "--resume", "--eps", "0.3"]) == 2
+    assert "--eps is 0.3, but the run" in capsys.readouterr().err
+    assert cli.main(["train", "mnist-4c3f", "--out", str(tmp_path), "--resume"]) == 2
+    assert "the run in" in capsys.readouterr().err
+    assert cli.main(options) == 2
+    assert "exists" in capsys.readouterr().err
+    assert cli.main([*options, "--epochs", "1", "--overwrite"]) == 0
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    garbage = tmp_path / "garbage"
+    garbage.write_bytes(b"garbage")
+    good = tmp_path / "good"
+    assert cli.main([*TRAIN, "--epochs", "1", "--out", str(good)]) == 0
+    capsys.readouterr()
+    for arguments, message in [
+        (["train", "mnist-4c3f", "--out", str(tmp_path / "m")], "folder that holds its files"),
+        (["train", "mnist-4c3f", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "m")], "no such folder"),
+        ([*TRAIN, "--eps", "-1", "--out", str(tmp_path / "m")], "eps is -1.0"),
+        ([*TRAIN, "--out", str(tmp_path / "m"), "--resume"], "no such checkpoint file"),
+        ([*TRAIN, "--out", str(garbage)], "garbage"),
+        (["certify", str(garbage)], "not a whole safetensors file"),
+        (["certify", str(tmp_path / "no")], "no such checkpoint file"),
+        (["certify", str(good), "--guarantee", "probabilistic"], "'probabilistic' is not implemented yet"),
+        (["certify", str(good), "--guarantee", "deterministic"], "'deterministic' is not implemented yet"),
+        (["certify", str(good), "--limit", "0"], "limit is 0"),
+        (["certify", str(good), "--eps", "-0.5"], "eps"),
+    ]:
+        assert cli.main(arguments) == 2, arguments
+        captured = capsys.readouterr()
+        assert captured.err.startswith("locallip: error: ") and captured.err.count("\n") == 1, captured.err
+        assert message in captured.err
+    for arguments, message in [
+        (["train", "cifar100"], "invalid choice: 'cifar100'"),
+        ([*TRAIN, "--eps", "wide"], "'wide' is not a number"),
+        ([*TRAIN, "--device", "abacus"], "'abacus' is not a device"),
+    ]:
+        with pytest.raises(SystemExit) as done:
+            cli.main(arguments)
+        assert done.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    assert cli.main([*TRAIN, "--epochs", "1", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "checkpoint.safetensors could not be written: No space left on device" in error
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for name, value in build_info().items():
+        assert name in printed and (isinstance(value, list) or str(value) in printed)

@@ -1,0 +1,348 @@
+"""Recipes, their schedule, the loss, and what makes a run repeatable, resumable and the same on several processes."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import distributed_gradients
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from locallip_cuda import checkpoint, data, local_bounds, losses, models, train
+from locallip_cuda.checkpoint import CheckpointError
+from locallip_cuda.distributed import Workers
+from locallip_cuda.presets import PRESETS, Recipe, recipe
+
+SHORT = recipe("digits").replace(epochs=2, batch_size=256, crop=1, flip=True, sparse=0.01)
+
+
+# -- recipes and schedule ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "activation", "numbers"),
+    [
+        ("mnist-4c3f", None, ("gloro", 1.58, 1.75, 300, 0, 150, 175, 256, 1e-3, 5e-6, 5, 0.0, 2.0, 0, False)),
+        ("cifar10-4c3f", None, ("bcp", 36 / 255, 0.1551, 800, 20, 400, 425, 256, 1e-3, 1e-6, 2, 0.0, 2.0, 4, True)),
+        ("cifar10-6c2f", None, ("bcp", 36 / 255, 0.1551, 800, 20, 400, 425, 256, 1e-3, 1e-6, 2, 0.0, 2.0, 4, True)),
+        (
+            "cifar10-6c2f",
+            "clipped-maxmin",
+            ("bcp", 36 / 255, 0.1551, 800, 20, 400, 425, 256, 1e-3, 1e-6, 2, 0.0, 2.0, 4, True),
+        ),
+        (
+            "tinyimagenet-8c2f",
+            None,
+            ("bcp", 36 / 255, 0.16, 250, 0, 125, 150, 128, 2.5e-4, 5e-7, 1, 0.01, 1.0, 4, True),
+        ),
+        (
+            "tinyimagenet-8c2f",
+            "clipped-maxmin",
+            ("bcp", 36 / 255, 0.16, 250, 0, 125, 150, 128, 1e-4, 5e-7, 3, 0.01, 1.0, 4, True),
+        ),
+    ],
+)
+def test_presets_are_the_published_recipes(preset: str, activation: str | None, numbers: tuple[Any, ...]) -> None:
+    r = recipe(preset, activation)
+    times = (r.epochs, r.warmup_epochs, r.rampup_epochs, r.constant_epochs)
+    rates = (r.batch_size, r.learning_rate, r.final_learning_rate, r.iterations)
+    assert (r.loss, r.eps, r.eps_train, *times, *rates, r.sparse, r.threshold_init, r.crop, r.flip) == numbers
+    assert r.activation == (activation or "clipped-relu")
+    if preset == "cifar10-6c2f":
+        assert (r.clip_init_first, r.clip_init_last) == (0.1, 1.2)
+    if preset == "tinyimagenet-8c2f":
+        assert (r.clip_init_first, r.clip_init_last, r.threshold_weight) == (0.8, 3.0, 0.1)
+
+
+def test_schedule() -> None:
+    r = recipe("cifar10-6c2f")
+    assert [r.kappa(t) for t in (0, 19.99, 20, 120, 220, 420, 799.9)] == [1, 1, 1, 0.75, 0.5, 0, 0]
+    assert [r.radius_at(t) for t in (0, 20, 420, 800)] == [0, 0, 0.1551, 0.1551]
+    assert r.radius_at(220) == pytest.approx(0.1551 / 2)
+    assert [r.learning_rate_at(t) for t in (0, 425)] == [1e-3, 1e-3]
+    assert r.learning_rate_at(800) == pytest.approx(1e-6)
+    assert r.learning_rate_at((425 + 800) / 2) == pytest.approx(math.sqrt(1e-3 * 1e-6))
+    assert recipe("mnist-4c3f").kappa(0) == 1 and recipe("mnist-4c3f").kappa(75) == 0.5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_shorter_run_goes_through_the_whole_schedule(preset: str) -> None:
+    whole, short = recipe(preset), recipe(preset).replace(epochs=1)
+    for part in torch.linspace(0, 1, 11).tolist():
+        assert short.kappa(part) == pytest.approx(whole.kappa(part * whole.epochs), abs=1e-9)
+        assert short.learning_rate_at(part) == pytest.approx(whole.learning_rate_at(part * whole.epochs))
+    assert recipe(preset).replace(epochs=10, warmup_epochs=3).warmup_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("activation", "gelu"),
+        ("loss", "hinge"),
+        ("epochs", 0),
+        ("batch_size", -1),
+        ("learning_rate", 0.0),
+        ("eps", -0.1),
+        ("eps_train", math.nan),
+        ("rampup_epochs", math.inf),
+    ],
+)
+def test_a_bad_number_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field} is .*{value}"):
+        dataclasses.replace(recipe("digits"), **{field: value})
+
+
+def test_recipes_survive_json() -> None:
+    for preset in PRESETS:
+        assert Recipe.from_dict(json.loads(json.dumps(recipe(preset).to_dict()))) == recipe(preset)
+    with pytest.raises(ValueError, match=r"missing fields \['seed'\] and unknown fields \['sede'\]"):
+        values = recipe("digits").to_dict()
+        values["sede"] = values.pop("seed")
+        Recipe.from_dict(values)
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "function"),
+    [("bcp", losses.robust_cross_entropy), ("gloro", losses.gloro), ("lmt", losses.lipschitz_margin)],
+)
+def test_objective_is_the_formula(kind: str, function: Callable[..., torch.Tensor]) -> None:
+    numbers = dataclasses.replace(SHORT, loss=kind, sparse=0.05, threshold_weight=0.3)
+    objective = train.Objective(train.build_model(numbers), numbers)
+    x, y = data.load("digits", train=True).batch(torch.arange(32), torch.device("cpu"))
+    bounds = local_bounds(objective.model, x, 0.3, iterations=numbers.iterations)
+    clean = F.cross_entropy(objective.model(x), y)
+    certified = function(bounds, y) + 0.05 * losses.sparsity(bounds, 0.3)
+    for kappa in (0.0, 0.4, 1.0):
+        loss, statistics = objective(x, y, 0.3, kappa)
+        torch.testing.assert_close(loss, kappa * clean + (1 - kappa) * certified)
+        sums = dict(zip(train._STATISTICS, statistics.tolist(), strict=True))
+        assert sums["samples"] == 32 and sums["bounded"] == (0 if kappa == 1 else 32)
+        assert sums["correct"] == (objective.model(x).argmax(1) == y).sum()
+        assert sums["certified"] == (0 if kappa == 1 else (bounds.margin(y) > 0).sum())
+        assert sums["loss"] == pytest.approx(32 * loss.item(), rel=1e-5)
+
+
+def test_bfloat16_bounds_are_near_float32_ones() -> None:
+    x, y = data.load("digits", train=True).batch(torch.arange(64), torch.device("cpu"))
+    values = {}
+    for precision in ("fp32", "bf16"):
+        objective = train.Objective(train.build_model(SHORT), SHORT, precision)
+        loss, _ = objective(x, y, 0.3, 0.5)
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
+        values[precision] = loss.item()
+    assert values["bf16"] == pytest.approx(values["fp32"], rel=0.05) and values["bf16"] != values["fp32"]
+
+
+def test_thresholds_start_as_the_recipe_says() -> None:
+    for activation in ("clipped-relu", "clipped-maxmin"):
+        numbers = dataclasses.replace(recipe("digits", activation), threshold_init=0.7, clip_init_first=0.2)
+        parameters = dict(train.build_model(numbers).named_parameters())
+        first = parameters["1.threshold" if activation == "clipped-relu" else "1.upper"]
+        assert torch.all(first == (0.7 if activation == "clipped-relu" else 0.2))
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+def _run(out: Path, numbers: Recipe = SHORT, **settings: Any) -> train.Trainer:
+    trainer = train.Trainer(numbers, train.Settings(out=out, **settings))
+    trainer.run()
+    return trainer
+
+
+def _same(one: Path, other: Path) -> None:
+    """Both checkpoints are bitwise the same but for the times they took."""
+    (tensors, config), (tensors2, config2) = (checkpoint.load(p / train.CHECKPOINT_NAME) for p in (one, other))
+    assert tensors.keys() == tensors2.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, tensors2[name]), name
+    for c in (config, config2):
+        c.pop("seconds")
+        for record in c["history"]:
+            record.pop("samples_per_second")
+    assert config == config2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    _run(out)
+    return out
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    numbers = recipe("digits").replace(epochs=6, evaluate_every=6)
+    trainer = train.Trainer(numbers, train.Settings(out=tmp_path))
+    evaluation = trainer.run()
+    assert evaluation is not None and evaluation.accuracy > 0.7 and evaluation.certified > 0.2
+    assert evaluation.certified < evaluation.accuracy
+
+
+def test_same_seed_same_run(tmp_path: Path, whole: Path) -> None:
+    _run(tmp_path)
+    _same(tmp_path, whole)
+    other = _run(tmp_path / "other", dataclasses.replace(SHORT, seed=1))
+    first = train.load_model(whole / train.CHECKPOINT_NAME)[0]
+    assert not torch.equal(other.model[0].weight, first[0].weight)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 8])
+def test_resume_is_exact(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Stopped by a signal in the middle of an epoch or at its end (5 steps each), then continued."""
+    done = 0
+    original = train.Trainer._train_step
+
+    def stop_after(self: train.Trainer, x: torch.Tensor, y: torch.Tensor) -> None:
+        nonlocal done
+        original(self, x, y)
+        done += 1
+        if done == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train.Trainer, "_train_step", stop_after)
+    with pytest.raises(train.Interrupted) as stop:
+        _run(tmp_path)
+    assert stop.value.number == signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    config = checkpoint.load(stop.value.path)[1]
+    assert config["position"] == {"epoch": step // 5, "step": step % 5}
+    torch.rand(3)  # another process would have used its random numbers otherwise
+    _run(tmp_path, resume=True)
+    assert done == 10
+    _same(tmp_path, whole)
+
+
+def test_resume_only_what_is_there(tmp_path: Path, whole: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint file"):
+        _run(tmp_path, resume=True)
+    with pytest.raises(FileExistsError, match="exists; resume it, overwrite it"):
+        _run(whole)
+    with pytest.raises(CheckpointError, match=r"its run has seed 0, not 5"):
+        _run(whole, dataclasses.replace(SHORT, seed=5), resume=True)
+    before = (whole / train.CHECKPOINT_NAME).read_bytes()
+    trainer = train.Trainer(SHORT, train.Settings(out=whole, resume=True))
+    assert trainer.epoch == 2 and trainer.run() is None
+    assert (whole / train.CHECKPOINT_NAME).read_bytes() == before
+
+
+def test_incomplete_training_state_is_refused(tmp_path: Path, whole: Path) -> None:
+    tensors, config = checkpoint.load(whole / train.CHECKPOINT_NAME)
+    path = tmp_path / train.CHECKPOINT_NAME
+    name = next(n for n in tensors if n.startswith("optimiser/") and n.endswith("0.weight/exp_avg"))
+    checkpoint.save(path, {n: t for n, t in tensors.items() if n != name}, config)
+    with pytest.raises(CheckpointError, match=r"Adam's state of '0\.weight' is incomplete"):
+        _run(tmp_path, resume=True)
+    checkpoint.save(path, tensors, {"something": "else"})
+    with pytest.raises(CheckpointError, match="its configuration is not a training run's"):
+        _run(tmp_path, resume=True)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the first checkpoint takes two, its file and its folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device; the previous file is kept"):
+        _run(tmp_path)
+    assert checkpoint.load(tmp_path / train.CHECKPOINT_NAME)[1]["position"] == {"epoch": 1, "step": 0}
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+    _run(tmp_path, resume=True)
+    _same(tmp_path, whole)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = train.Objective.forward
+
+    def poisoned(self: train.Objective, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, statistics = original(self, *inputs)
+        return loss, statistics * math.nan
+
+    _run(tmp_path, dataclasses.replace(SHORT, epochs=1))
+    before = (tmp_path / train.CHECKPOINT_NAME).read_bytes()
+    monkeypatch.setattr(train.Objective, "forward", poisoned)
+    with pytest.raises(train.TrainingError, match="the loss of epoch 1 is nan"):
+        _run(tmp_path, overwrite=True)
+    assert (tmp_path / train.CHECKPOINT_NAME).read_bytes() == before
+
+
+def test_thresholds_stay_in_range(tmp_path: Path) -> None:
+    numbers = dataclasses.replace(SHORT, epochs=1, threshold_init=0.0, learning_rate=0.05)
+    thresholds = [p for n, p in _run(tmp_path, numbers).model.named_parameters() if n.endswith("threshold")]
+    assert all((t >= 0).all() for t in thresholds)
+    assert any((t == 0).any() for t in thresholds) and any((t > 0).any() for t in thresholds)
+
+
+def test_a_batch_too_large_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at most the 1437 images"):
+        _run(tmp_path, dataclasses.replace(SHORT, batch_size=1438))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_checkpoints_of_every_preset_load(tmp_path: Path, preset: str) -> None:
+    numbers = recipe(preset)
+    model = train.build_model(numbers)
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    checkpoint.save(tmp_path / "c", tensors, {"recipe": numbers.to_dict()})
+    loaded, found, _ = train.load_model(tmp_path / "c")
+    assert found == numbers and not loaded.training
+    x = torch.rand(2, *models.spec(preset).input_shape)
+    assert torch.equal(model(x), loaded(x))
+
+
+# -- several processes -------------------------------------------------------------------------------------------
+
+
+def _torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=240)
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+    done = _torchrun(distributed_gradients.__file__, str(tmp_path / "gradients"))
+    assert done.returncode == 0, done.stderr
+    together = safetensors.torch.load_file(tmp_path / "gradients")
+    numbers = distributed_gradients.numbers()
+    objective = train.Objective(train.build_model(numbers), numbers)
+    for kappa in (1.0, 0.25):
+        alone = distributed_gradients.gradients(objective, Workers(), numbers, kappa)
+        for name, gradient in alone.items():
+            assert gradient.abs().max() > 0, name
+            torch.testing.assert_close(together[f"{kappa}/{name}"], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_two_processes_train_and_resume(tmp_path: Path) -> None:
+    options = ["--epochs", "1", "--batch-size", "256", "--device", "cpu", "--out", str(tmp_path)]
+    done = _torchrun("-m", "locallip_cuda", "train", "digits", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/1") == 1
+    tensors, config = checkpoint.load(tmp_path / train.CHECKPOINT_NAME)
+    assert config["processes"] == 2 and {"random/cpu/0", "random/cpu/1"} <= tensors.keys()
+    alone = _run(tmp_path / "alone", recipe("digits").replace(epochs=1, batch_size=256)).history[0]
+    for name in ("loss", "clean", "robust"):
+        assert config["history"][0][name] == pytest.approx(alone[name], rel=1e-2)
+    again = _torchrun("-m", "locallip_cuda", "train", "digits", *options, "--resume")
+    assert again.returncode == 0 and "nothing is left to do" in again.stdout, again.stderr
+    odd = _torchrun("-m", "locallip_cuda", "train", "digits", *options, "--overwrite", "--batch-size", "255")
+    assert odd.returncode != 0 and "batch_size is 255; it must be a multiple of the 2 processes" in odd.stderr
