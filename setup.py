@@ -4,11 +4,12 @@ LOCALLIP_CUDA=1 or 0 asks for or leaves out the CUDA part; TORCH_CUDA_ARCH_LIST 
 MAX_JOBS bounds the parallel compilers.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
 import sys
-import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -25,8 +26,8 @@ HEADERS = glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=
 # No -march and no -ffast-math: a wheel runs on other machines than this one, and the bounds count on IEEE arithmetic.
 # libgomp is not linked: its symbols come from the OpenMP runtime that torch has loaded, so that there is one thread
 # pool, the one that torch.set_num_threads governs.
-CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]
 
 
 def extension_and_command():
@@ -102,10 +103,14 @@ def cuda_architectures(cpp_extension) -> list[str]:
     return sorted((flag.split(",code=")[1] for flag in flags), key=lambda name: (name.startswith("compute"), name))
 
 
-def use_all_cores() -> None:
+def prepare_ninja() -> None:
     os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
-    # ninja may lie in a virtual environment that was not activated.
-    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+    # The build's own ninja first, if only because its environment may not be activated: another release of it on PATH
+    # would not trust this one's log, and compile everything again.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("ninja") or []:
+            if file.name == "ninja":
+                os.environ["PATH"] = f"{Path(file.locate()).resolve().parent}{os.pathsep}{os.environ['PATH']}"
 
 
 requirements = ["numpy", "safetensors", "scikit-learn", "tqdm"]
@@ -120,7 +125,7 @@ else:
     if "dist_info" in commands:  # metadata alone
         setup(install_requires=[compiled_for, *requirements])
     else:
-        use_all_cores()
+        prepare_ninja()
         extension, build_ext = extension_and_command()
         setup(
             install_requires=[compiled_for, *requirements],
