@@ -1,0 +1,434 @@
+// Op schemas, dispatch and the pybind11 module: the only file that knows torch's registration. Tensors are checked and laid
+// out here; the kernels below take plain pointers. Four-dimensional tensors are channels-last throughout.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/autocast_mode.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "activation_pattern.h"
+#include "margin.h"
+#include "masked_norm.h"
+
+#ifdef LOCALLIP_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+#define LOCALLIP_GUARD(tensor) const c10::cuda::OptionalCUDAGuard device_guard(at::device_of(tensor))
+#define LOCALLIP_RUN(tensor, function, ...) \
+  ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, at::cuda::getCurrentCUDAStream().stream()) : cpu::function(__VA_ARGS__))
+#define LOCALLIP_HOST_RUN(tensor, function, ...) \
+  ((tensor).is_cuda() ? cuda::function(__VA_ARGS__) : cpu::function(__VA_ARGS__))
+#else
+#define LOCALLIP_GUARD(tensor) TORCH_CHECK((tensor).is_cpu(), "locallip_cuda was built for the CPU alone, got a tensor on ", (tensor).device())
+#define LOCALLIP_RUN(tensor, function, ...) cpu::function(__VA_ARGS__)
+#define LOCALLIP_HOST_RUN(tensor, function, ...) cpu::function(__VA_ARGS__)
+#endif
+
+namespace locallip {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor laid_out(const Tensor& t) {
+  return t.contiguous(t.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+OptionalTensor laid_out(const OptionalTensor& t) { return t ? OptionalTensor(laid_out(*t)) : std::nullopt; }
+
+Tensor empty(IntArrayRef sizes, at::TensorOptions options) {
+  return at::empty(sizes, options.memory_format(sizes.size() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
+}
+
+const uint8_t* bytes(const OptionalTensor& mask) {
+  return mask ? reinterpret_cast<const uint8_t*>(mask->const_data_ptr<bool>()) : nullptr;
+}
+
+uint8_t* bytes(Tensor& mask) { return reinterpret_cast<uint8_t*>(mask.mutable_data_ptr<bool>()); }
+
+template <typename T>
+const T* pointer(const OptionalTensor& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+std::vector<int64_t> with_batch(int64_t batch, IntArrayRef sizes) {
+  std::vector<int64_t> out(sizes.begin(), sizes.end());
+  out[0] = batch;
+  return out;
+}
+
+// ---- masked norm ---------------------------------------------------------------------------------------------------------
+
+// One weight as the linear operator it is: dense, or a zero-padded convolution.
+struct Operator {
+  Tensor weight;
+  std::vector<int64_t> stride, padding, dilation;
+  int64_t groups;
+
+  Tensor apply(const Tensor& x) const {
+    if (weight.dim() == 2) return at::mm(x, weight.t());
+    return laid_out(at::convolution(x, weight, {}, stride, padding, dilation, false, {0, 0}, groups));
+  }
+
+  // W^T y; `like` has the shape of an input.
+  Tensor apply_adjoint(const Tensor& y, const Tensor& like) const {
+    if (weight.dim() == 2) return at::mm(y, weight);
+    return laid_out(std::get<0>(at::convolution_backward(y, like, weight, std::nullopt, stride, padding, dilation, false, {0, 0},
+                                                         groups, {true, false, false})));
+  }
+
+  Tensor weight_gradient(const Tensor& x, const Tensor& y) const {
+    if (weight.dim() == 2) return at::mm(y.t(), x);
+    return std::get<1>(at::convolution_backward(y, x, weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups,
+                                                {false, true, false}));
+  }
+
+  std::vector<int64_t> output_sizes(IntArrayRef input) const {
+    if (weight.dim() == 2) return {input[0], weight.size(0)};
+    std::vector<int64_t> out = {input[0], weight.size(0), 0, 0};
+    for (int i = 0; i < 2; ++i)
+      out[i + 2] = (input[i + 2] + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) / stride[i] + 1;
+    return out;
+  }
+};
+
+// Orthonormal vectors of every sample, in [slot][sample][...] with each slot laid out as the operator wants it.
+struct Basis {
+  Tensor slots;
+  bool channels_last;
+
+  Basis(int64_t count, IntArrayRef sizes, at::TensorOptions options) : channels_last(sizes.size() == 4) {
+    std::vector<int64_t> memory = {count, sizes[0]};
+    if (channels_last)
+      memory.insert(memory.end(), {sizes[2], sizes[3], sizes[1]});
+    else
+      memory.push_back(sizes[1]);
+    slots = at::empty(memory, options);
+  }
+
+  Tensor at_slot(int64_t slot) const {
+    const Tensor t = slots.select(0, slot);
+    return channels_last ? t.permute({0, 3, 1, 2}) : t;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const OptionalTensor& row_mask_in,
+                                               const OptionalTensor& col_mask_in, const OptionalTensor& start_in,
+                                               IntArrayRef input_shape, IntArrayRef stride, IntArrayRef padding,
+                                               IntArrayRef dilation, int64_t groups, int64_t iterations) {
+  LOCALLIP_GUARD(weight_in);
+  TORCH_CHECK(weight_in.dim() == 2 || weight_in.dim() == 4, "weight: got ", weight_in.dim(), " dimensions, want 2 or 4");
+  TORCH_CHECK(iterations >= 0, "iterations: got ", iterations, ", want at least 0");
+  // the norm is float32 or float64 arithmetic even where autocast narrows the layers around it
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Operator op{laid_out(weight_in.detach()), stride.vec(), padding.vec(), dilation.vec(), groups};
+  const std::vector<int64_t> output_shape = op.output_sizes(input_shape);
+  const OptionalTensor row_mask = laid_out(row_mask_in), col_mask = laid_out(col_mask_in), start = laid_out(start_in);
+  const auto check = [&](const char* name, const OptionalTensor& t, IntArrayRef sizes, bool broadcast) {
+    if (!t) return;
+    TORCH_CHECK(t->device() == weight_in.device(), name, ": got device ", t->device(), ", want ", weight_in.device());
+    TORCH_CHECK(t->sizes() == sizes || (broadcast && t->sizes() == IntArrayRef(with_batch(1, sizes))), name, ": got shape ",
+                t->sizes(), ", want ", sizes);
+  };
+  check("row_mask", row_mask, output_shape, false);
+  check("col_mask", col_mask, input_shape, false);
+  check("start", start, input_shape, true);
+
+  const auto options = weight_in.options().requires_grad(false);
+  const int64_t batch = input_shape[0];
+  Tensor right = empty(input_shape, options), left = empty(output_shape, options), sigma = at::empty({batch}, options);
+  if (batch == 0) return {sigma, right, left};
+  const int64_t columns = right.numel() / batch, rows = left.numel() / batch;
+  const int64_t window = std::min<int64_t>(iterations + 1, kWindow);
+  const bool restarts = iterations + 1 > kWindow;
+  const Basis right_basis(window + restarts, input_shape, options), left_basis(window, output_shape, options);
+  const auto doubles = options.dtype(at::kDouble);
+  const Tensor projected = at::zeros({batch, kWindow, kWindow}, doubles);
+  const Tensor right_rotation = at::empty({batch, kKept, kWindow}, doubles), left_rotation = at::empty_like(right_rotation);
+
+  AT_DISPATCH_FLOATING_TYPES(weight_in.scalar_type(), "masked_norm", [&] {
+    auto* q = right_basis.slots.mutable_data_ptr<scalar_t>();
+    auto* p = left_basis.slots.mutable_data_ptr<scalar_t>();
+    auto* small = projected.mutable_data_ptr<double>();
+    auto* right_turn = right_rotation.mutable_data_ptr<double>();
+    auto* left_turn = left_rotation.mutable_data_ptr<double>();
+    auto* value = sigma.mutable_data_ptr<scalar_t>();
+    LOCALLIP_RUN(weight_in, start_basis, q, pointer<scalar_t>(start), start && start->size(0) > 1, bytes(col_mask), batch, columns);
+    int count = 0;
+    for (int64_t step = 0;; ++step) {
+      Tensor image = op.apply(right_basis.at_slot(count));
+      LOCALLIP_RUN(weight_in, extend_basis, p, image.mutable_data_ptr<scalar_t>(), bytes(row_mask), count, batch, rows,
+                   Breakdown::kDrop, restarts, 0u, small);
+      ++count;
+      if (step == iterations) break;
+      Tensor back = op.apply_adjoint(left_basis.at_slot(count - 1), right_basis.at_slot(0));
+      LOCALLIP_RUN(weight_in, extend_basis, q, back.mutable_data_ptr<scalar_t>(), bytes(col_mask), count, batch, columns,
+                   Breakdown::kReplace, restarts, static_cast<uint32_t>(step + 1), static_cast<double*>(nullptr));
+      if (count < kWindow) continue;
+      // thick restart: the leading Ritz vectors stay, and the direction just found follows them
+      LOCALLIP_RUN(weight_in, decompose, small, count, kKept, batch, right_turn, left_turn, value);
+      LOCALLIP_RUN(weight_in, rotate_basis, q, right_turn, count, kKept, batch, columns, q);
+      LOCALLIP_RUN(weight_in, rotate_basis, p, left_turn, count, kKept, batch, rows, p);
+      right_basis.slots.select(0, kKept).copy_(right_basis.slots.select(0, count));
+      count = kKept;
+    }
+    LOCALLIP_RUN(weight_in, decompose, small, count, 1, batch, right_turn, left_turn, value);
+    LOCALLIP_RUN(weight_in, rotate_basis, q, right_turn, count, 1, batch, columns, right.mutable_data_ptr<scalar_t>());
+    LOCALLIP_RUN(weight_in, rotate_basis, p, left_turn, count, 1, batch, rows, left.mutable_data_ptr<scalar_t>());
+  });
+  // a NaN or infinite weight in a masked row or column would otherwise stay unseen
+  sigma.add_(op.weight.mul(0).sum());
+  return {sigma, right, left};
+}
+
+// d sigma = left^T diag(row) dW diag(col) right with the singular vectors held constant; they are zero where the masks are.
+Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tensor& right, const Tensor& left, IntArrayRef stride,
+                            IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  LOCALLIP_GUARD(weight);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Operator op{weight, stride.vec(), padding.vec(), dilation.vec(), groups};
+  if (right.size(0) == 0) return at::zeros_like(weight);
+  std::vector<int64_t> shape(left.dim(), 1);
+  shape[0] = -1;
+  return op.weight_gradient(laid_out(right), laid_out(left * grad.view(shape)));
+}
+
+// ---- activation pattern --------------------------------------------------------------------------------------------------
+
+Activation activation_named(const std::string& name) {
+  if (name == "identity") return Activation::kIdentity;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "clipped_relu") return Activation::kClippedRelu;
+  if (name == "maxmin") return Activation::kMaxMin;
+  if (name == "clipped_maxmin") return Activation::kClippedMaxMin;
+  TORCH_CHECK(false, "activation: got ", name, ", want identity, relu, clipped_relu, maxmin or clipped_maxmin");
+}
+
+// The inputs of the op, laid out and checked, and the shapes that follow.
+struct Pattern {
+  Activation activation;
+  bool paired, box;
+  Tensor values, row_norms, radius;
+  OptionalTensor half_width, first, second;
+  int64_t batch, outer, inner;
+  std::vector<int64_t> sizes;  // of one array over the batch
+
+  Pattern(const Tensor& values_in, const OptionalTensor& half_width_in, const Tensor& row_norms_in, const Tensor& radius_in,
+          const std::string& name, const OptionalTensor& first_in, const OptionalTensor& second_in)
+      : activation(activation_named(name)),
+        paired(is_paired(activation)),
+        box(half_width_in.has_value()),
+        values(laid_out(values_in)),
+        row_norms(laid_out(row_norms_in)),
+        radius(radius_in.contiguous()),
+        half_width(laid_out(half_width_in)),
+        batch(radius_in.size(0)) {
+    sizes = with_batch(batch, values.sizes());
+    TORCH_CHECK(values.dim() >= 2 && values.dim() != 3 && values.dim() <= 4, "values: got shape ", values.sizes(),
+                ", want (B, units) or (B, C, H, W)");
+    TORCH_CHECK(values.size(0) == (box ? 2 * batch : batch), "values: got ", values.size(0), " rows, want ", box ? 2 * batch : batch);
+    TORCH_CHECK(!box || half_width->sizes() == IntArrayRef(sizes), "half_width: got shape ", box ? half_width->sizes() : sizes,
+                ", want ", sizes);
+    TORCH_CHECK(row_norms.sizes() == IntArrayRef(sizes) || row_norms.sizes() == IntArrayRef(with_batch(1, sizes)),
+                "squared_row_norms: got shape ", row_norms.sizes(), ", want ", sizes, " or one row of it");
+    const int64_t units = batch ? values.numel() / values.size(0) : 0;
+    std::vector<int64_t> threshold_sizes = with_batch(1, sizes);
+    outer = 1;
+    inner = units;
+    if (paired) {
+      TORCH_CHECK(sizes[1] % 2 == 0, "values: got ", sizes[1], " channels, want an even number for MaxMin");
+      threshold_sizes[1] /= 2;
+      outer = sizes.size() == 4 ? sizes[2] * sizes[3] : 1;
+      inner = sizes[1] / 2;
+    }
+    const auto take = [&](const char* threshold, const OptionalTensor& t, bool wanted) -> OptionalTensor {
+      TORCH_CHECK(t.has_value() == wanted, threshold, ": ", wanted ? "wanted" : "not wanted", " for activation ", name);
+      if (!wanted) return std::nullopt;
+      TORCH_CHECK(t->sizes() == IntArrayRef(threshold_sizes), threshold, ": got shape ", t->sizes(), ", want ", threshold_sizes);
+      return laid_out(*t);
+    };
+    first = take("first", first_in, activation == Activation::kClippedRelu || activation == Activation::kClippedMaxMin);
+    second = take("second", second_in, activation == Activation::kClippedMaxMin);
+    for (const auto& t : {OptionalTensor(row_norms), OptionalTensor(radius), half_width, first, second})
+      TORCH_CHECK(!t || (t->scalar_type() == values.scalar_type() && t->device() == values.device()),
+                  "activation_pattern: got a tensor of ", t->scalar_type(), " on ", t->device(), ", want ", values.scalar_type(),
+                  " on ", values.device());
+  }
+
+  template <typename T>
+  ActivationInput<T> input() const {
+    const T* clean = values.const_data_ptr<T>();
+    const bool shared = row_norms.size(0) != batch || batch == 1;
+    return {clean, box ? clean + values.numel() / 2 : nullptr, pointer<T>(half_width), row_norms.const_data_ptr<T>(),
+            radius.const_data_ptr<T>(), pointer<T>(first), pointer<T>(second), shared, batch, outer, inner};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(const Tensor& values, const OptionalTensor& half_width,
+                                                                      const Tensor& squared_row_norms, const Tensor& radius,
+                                                                      const std::string& activation,
+                                                                      const OptionalTensor& first, const OptionalTensor& second) {
+  LOCALLIP_GUARD(values);
+  const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
+  const auto options = values.options().requires_grad(false);
+  Tensor out = empty(with_batch(2 * in.batch, in.sizes), options), out_half = empty(in.sizes, options);
+  Tensor row = empty(in.sizes, options.dtype(at::kBool)), col = empty(in.sizes, options.dtype(at::kBool));
+  const int64_t units = out_half.numel() / std::max<int64_t>(in.batch, 1);
+  if (out_half.numel() == 0) return {out, out_half, row, col, at::zeros({in.batch, 2}, options)};
+  const int64_t chunks = LOCALLIP_HOST_RUN(values, activation_pattern_chunks, in.outer, in.inner, false);
+  Tensor slack = at::empty({in.batch, chunks, 2}, options);
+  AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "activation_pattern", [&] {
+    auto* clean = out.mutable_data_ptr<scalar_t>();
+    const ActivationOutput<scalar_t> to = {clean,      clean + out_half.numel(), out_half.mutable_data_ptr<scalar_t>(),
+                                           bytes(row), bytes(col),               slack.mutable_data_ptr<scalar_t>()};
+    LOCALLIP_RUN(values, activation_pattern, in.activation, in.input<scalar_t>(), to);
+  });
+  return {out, out_half, row, col, slack.sum(1).div_(in.paired ? units / 2 : units)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_backward(
+    const Tensor& grad_values, const Tensor& grad_half_width, const Tensor& grad_slack, const Tensor& values,
+    const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius, const std::string& activation,
+    const OptionalTensor& first, const OptionalTensor& second) {
+  LOCALLIP_GUARD(values);
+  const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
+  const auto options = values.options().requires_grad(false);
+  const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, options); };
+  Tensor out_values = at::empty_like(in.values), out_half = like(in.half_width), out_norms = at::empty_like(in.row_norms);
+  Tensor out_first = like(in.first), out_second = like(in.second);
+  if (in.values.numel() == 0)
+    return {out_values, out_half, out_norms.zero_(), at::zeros_like(radius), out_first.zero_(), out_second.zero_()};
+  const Tensor g_values = laid_out(grad_values), g_half = laid_out(grad_half_width);
+  const int64_t units = in.paired ? 2 * in.outer * in.inner : in.inner;
+  const Tensor g_slack = (grad_slack / (in.paired ? units / 2 : units)).contiguous();
+  const int64_t chunks = LOCALLIP_HOST_RUN(values, activation_pattern_chunks, in.outer, in.inner, true);
+  Tensor out_radius = at::empty({chunks, in.batch}, options);
+  AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "activation_pattern_backward", [&] {
+    const auto* g = g_values.const_data_ptr<scalar_t>();
+    const ActivationOutputGrad<scalar_t> from = {g, g + g_half.numel(), g_half.const_data_ptr<scalar_t>(),
+                                                 g_slack.const_data_ptr<scalar_t>()};
+    auto* clean = out_values.mutable_data_ptr<scalar_t>();
+    const ActivationInputGrad<scalar_t> to = {clean,
+                                              in.box ? clean + g_half.numel() : nullptr,
+                                              in.box ? out_half.mutable_data_ptr<scalar_t>() : nullptr,
+                                              out_norms.mutable_data_ptr<scalar_t>(),
+                                              out_radius.mutable_data_ptr<scalar_t>(),
+                                              in.first ? out_first.mutable_data_ptr<scalar_t>() : nullptr,
+                                              in.second ? out_second.mutable_data_ptr<scalar_t>() : nullptr};
+    LOCALLIP_RUN(values, activation_pattern_backward, in.activation, in.input<scalar_t>(), from, to);
+  });
+  return {out_values, out_half, out_norms, out_radius.sum(0), out_first, out_second};
+}
+
+// ---- margin --------------------------------------------------------------------------------------------------------------
+
+struct Margin {
+  Tensor features, lower, upper, radius, weight, labels;
+
+  Margin(const Tensor& features_in, const Tensor& lower_in, const Tensor& upper_in, const Tensor& radius_in,
+         const Tensor& weight_in, const Tensor& labels_in)
+      : features(features_in.contiguous()),
+        lower(lower_in.contiguous()),
+        upper(upper_in.contiguous()),
+        radius(radius_in.contiguous()),
+        weight(weight_in.contiguous()),
+        labels(labels_in.contiguous()) {
+    TORCH_CHECK(features.dim() == 2 && lower.sizes() == features.sizes() && upper.sizes() == features.sizes(),
+                "features, lower, upper: got shapes ", features.sizes(), ", ", lower.sizes(), ", ", upper.sizes(), ", want one (B, h)");
+    TORCH_CHECK(weight.dim() == 2 && weight.size(1) == features.size(1), "weight: got shape ", weight.sizes(), ", want (K, ",
+                features.size(1), ")");
+    TORCH_CHECK(radius.sizes() == IntArrayRef({features.size(0)}), "radius: got shape ", radius.sizes(), ", want (B,)");
+    TORCH_CHECK(labels.sizes() == radius.sizes() && labels.scalar_type() == at::kLong, "labels: got ", labels.scalar_type(), " ",
+                labels.sizes(), ", want int64 (B,)");
+    for (const Tensor& t : {lower, upper, radius, weight})
+      TORCH_CHECK(t.scalar_type() == features.scalar_type() && t.device() == features.device(), "margin: got a tensor of ",
+                  t.scalar_type(), " on ", t.device(), ", want ", features.scalar_type(), " on ", features.device());
+    TORCH_CHECK(labels.device() == features.device(), "labels: got device ", labels.device(), ", want ", features.device());
+  }
+
+  template <typename T>
+  MarginInput<T> input() const {
+    return {features.const_data_ptr<T>(), lower.const_data_ptr<T>(),  upper.const_data_ptr<T>(),
+            radius.const_data_ptr<T>(),   weight.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(),
+            features.size(0),             weight.size(0),             features.size(1)};
+  }
+};
+
+std::tuple<Tensor, Tensor> margin(const Tensor& features, const Tensor& lower, const Tensor& upper, const Tensor& radius,
+                                  const Tensor& weight, const Tensor& labels) {
+  LOCALLIP_GUARD(features);
+  const Margin in(features, lower, upper, radius, weight, labels);
+  Tensor gain = at::empty({features.size(0), weight.size(0)}, features.options().requires_grad(false));
+  Tensor step = at::empty_like(gain);
+  if (gain.numel() == 0) return {gain, step};
+  AT_DISPATCH_FLOATING_TYPES(features.scalar_type(), "margin", [&] {
+    LOCALLIP_RUN(features, margin, in.input<scalar_t>(), gain.mutable_data_ptr<scalar_t>(), step.mutable_data_ptr<scalar_t>());
+  });
+  return {gain, step};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_backward(const Tensor& grad_gain, const Tensor& step,
+                                                                   const Tensor& features, const Tensor& lower,
+                                                                   const Tensor& upper, const Tensor& radius,
+                                                                   const Tensor& weight, const Tensor& labels) {
+  LOCALLIP_GUARD(features);
+  const Margin in(features, lower, upper, radius, weight, labels);
+  Tensor to_features = at::empty_like(in.features), to_lower = at::empty_like(in.lower), to_upper = at::empty_like(in.upper);
+  Tensor to_radius = at::empty_like(in.radius), to_weight = at::zeros_like(in.weight), moved = at::empty_like(in.features);
+  if (grad_gain.numel() == 0) return {to_features.zero_(), to_lower.zero_(), to_upper.zero_(), to_radius.zero_(), to_weight};
+  const Tensor grad = grad_gain.contiguous(), at_step = step.contiguous();
+  AT_DISPATCH_FLOATING_TYPES(features.scalar_type(), "margin_backward", [&] {
+    const MarginGrad<scalar_t> to = {grad.const_data_ptr<scalar_t>(),         at_step.const_data_ptr<scalar_t>(),
+                                     to_features.mutable_data_ptr<scalar_t>(), to_lower.mutable_data_ptr<scalar_t>(),
+                                     to_upper.mutable_data_ptr<scalar_t>(),    to_radius.mutable_data_ptr<scalar_t>(),
+                                     to_weight.mutable_data_ptr<scalar_t>(),   moved.mutable_data_ptr<scalar_t>()};
+    LOCALLIP_RUN(features, margin_backward, in.input<scalar_t>(), to);
+  });
+  return {to_features, to_lower, to_upper, to_radius, to_weight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(locallip_cuda, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  const std::string conv = "int[] stride, int[] padding, int[] dilation, int groups";
+  const std::string bounds = "Tensor values, Tensor? half_width, Tensor squared_row_norms, Tensor radius, str activation, "
+                             "Tensor? first, Tensor? second";
+  const std::string last = "Tensor features, Tensor lower, Tensor upper, Tensor radius, Tensor weight, Tensor labels";
+  const auto define = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
+  define("masked_norm(Tensor weight, Tensor? row_mask, Tensor? col_mask, Tensor? start, SymInt[] input_shape, " + conv +
+         ", int iterations) -> (Tensor sigma, Tensor right, Tensor left)");
+  define("masked_norm_backward(Tensor grad, Tensor weight, Tensor right, Tensor left, " + conv + ") -> Tensor");
+  define("activation_pattern(" + bounds +
+         ") -> (Tensor values, Tensor half_width, Tensor row_mask, Tensor col_mask, Tensor slack)");
+  define("activation_pattern_backward(Tensor grad_values, Tensor grad_half_width, Tensor grad_slack, " + bounds +
+         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define("margin(" + last + ") -> (Tensor gain, Tensor step)");
+  define("margin_backward(Tensor grad_gain, Tensor step, " + last + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+#define LOCALLIP_REGISTER(KEY)                                             \
+  TORCH_LIBRARY_IMPL(locallip_cuda, KEY, m) {                              \
+    m.impl("masked_norm", &masked_norm);                                   \
+    m.impl("masked_norm_backward", &masked_norm_backward);                 \
+    m.impl("activation_pattern", &activation_pattern);                     \
+    m.impl("activation_pattern_backward", &activation_pattern_backward);   \
+    m.impl("margin", &margin);                                             \
+    m.impl("margin_backward", &margin_backward);                           \
+  }
+LOCALLIP_REGISTER(CPU)
+#ifdef LOCALLIP_CUDA
+LOCALLIP_REGISTER(CUDA)
+#endif
+
+}  // namespace locallip
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Registers the ops torch.ops.locallip_cuda.*; call them through locallip_cuda.ops.";
+  m.attr("WINDOW") = locallip::kWindow;
+}

@@ -1,0 +1,27 @@
+"""Local Lipschitz bounds for training and certifying neural networks; see README.md."""
+
+import pkgutil
+
+# From the repository's root the source tree shadows an installed package: its compiled extension is found all the same.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+from . import losses, models, nn
+from .bounds import LocalBounds, local_bounds
+from .build_info import build_info
+from .certify import Certificate, certified_radius, certify
+from .norms import NormBound, masked_norm, masked_norm_bound
+
+__all__ = [
+    "Certificate",
+    "LocalBounds",
+    "NormBound",
+    "build_info",
+    "certified_radius",
+    "certify",
+    "local_bounds",
+    "losses",
+    "masked_norm",
+    "masked_norm_bound",
+    "models",
+    "nn",
+]

@@ -1,0 +1,228 @@
+"""Per-sample operator norms of masked layers: argument checks and the solver's policy over :mod:`locallip_cuda.ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+class NormBound(NamedTuple):
+    """What :func:`masked_norm_bound` returns: ``upper`` and ``estimate`` of shape (B,), and what ``upper`` is worth."""
+
+    upper: Tensor
+    estimate: Tensor
+    guarantee: str
+    failure_probability: float
+
+
+# enough for a converged value on every operator but those with a minute gap, where the value is as good
+ESTIMATE_ITERATIONS = 100
+
+GUARANTEES = ("estimate", "probabilistic", "deterministic")
+
+
+def check_guarantee(guarantee: str, failure_probability: float) -> None:
+    """Refuse an unknown guarantee (ValueError), one that is not there yet (NotImplementedError), a probability outside (0, 1)."""
+    if guarantee not in GUARANTEES:
+        raise ValueError(f"guarantee: got {guarantee!r}, want one of {', '.join(map(repr, GUARANTEES))}")
+    if not 0 < failure_probability < 1:
+        raise ValueError(f"failure_probability: got {failure_probability}, want a number in (0, 1)")
+    if guarantee != "estimate":
+        raise NotImplementedError(
+            f"guarantee={guarantee!r} is not implemented yet; guarantee='estimate' is, and proves nothing: "
+            "its norms are Rayleigh quotients, which can lie below the true norm"
+        )
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or any(not isinstance(p, int) or isinstance(p, bool) or p < least for p in pair):
+        raise ValueError(f"{name}: got {value!r}, want an integer >= {least} or a pair of them")
+    return pair
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}, want a torch.Tensor")
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weight: got dtype {weight.dtype}, want torch.float32 or torch.float64")
+    if weight.dim() not in (2, 4) or weight.numel() == 0:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, want (m, n) or (Cout, Cin/groups, kH, kW), no dimension 0"
+        )
+
+
+def _check_mask(name: str, mask: Tensor | None, shape: Sequence[int], weight: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: got {type(mask).__name__}, want a bool torch.Tensor or None")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {mask.dtype}, want torch.bool")
+    if mask.dim() != len(shape) + 1 or list(mask.shape[1:]) != list(shape):
+        wanted = ", ".join(map(str, ["B", *shape]))
+        raise ValueError(f"{name}: got shape {tuple(mask.shape)}, want ({wanted})")
+    if mask.device != weight.device:
+        raise ValueError(f"{name}: got device {mask.device}, want weight's, {weight.device}")
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@overload
+def masked_norm(
+    weight: Tensor,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+    *,
+    input_size: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    iterations: int = 4,
+    start: Tensor | None = None,
+    return_vectors: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def masked_norm(
+    weight: Tensor,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+    *,
+    input_size: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    iterations: int = 4,
+    start: Tensor | None = None,
+    return_vectors: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def masked_norm(
+    weight: Tensor,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+    *,
+    input_size: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    iterations: int = 4,
+    start: Tensor | None = None,
+    return_vectors: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Operator norms ``sigma_b = ||diag(row_mask_b) W diag(col_mask_b)||_2`` of one weight under a batch of masks.
+
+    The value is the largest singular value of the masked operator on a Krylov space of A^T A with ``iterations + 1``
+    dimensions (Golub-Kahan-Lanczos with full orthogonalisation, restarted past 8 dimensions), so it is never above the
+    true norm but for rounding. It is an estimate for training, not a certificate: that is :func:`masked_norm_bound`.
+
+    Args:
+        weight: (m, n), or (Cout, Cin/groups, kH, kW) for a zero-padded convolution; float32 or float64.
+        row_mask: bool (B, m) or (B, Cout, Ho, Wo), True where a row stays; None keeps all rows.
+        col_mask: bool (B, n) or (B, Cin, H, W), True where a column stays; None keeps all columns.
+        input_size: (Cin, H, W); needed for a convolution without ``col_mask``.
+        stride, padding, dilation, groups: of the convolution, as in :func:`torch.nn.functional.conv2d`.
+        iterations: how many times A^T A enters the Krylov space; each costs one application of W and one of W^T.
+        start: right vectors to start from, (\\*input) or (B, \\*input); a small fixed pseudo-random vector is always
+            added, so that no start is without a component on the top singular vector. None starts pseudo-randomly.
+        return_vectors: also return the unit right and left singular vectors u (B, \\*input), v (B, \\*output).
+
+    Returns:
+        sigma (B,) in weight's dtype, B = 1 where both masks are None. Differentiable in ``weight``:
+        d sigma = v^T diag(row) dW diag(col) u. An empty mask gives exactly 0, zero vectors and a zero gradient.
+        On a GPU, NaN or infinite weights give NaN.
+
+    Raises:
+        TypeError: a mask that is not bool, a weight that is not float32 or float64.
+        ValueError: shapes, devices or convolution arguments that do not fit; on a CPU, NaN or infinite weights.
+    """
+    _check_weight(weight)
+    convolution = weight.dim() == 4
+    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups: got {groups!r}, want a positive divisor of weight's {weight.shape[0]} output channels")
+    if not convolution and (stride, padding, dilation, groups) != ([1, 1], [0, 0], [1, 1], 1):
+        raise ValueError("stride, padding, dilation, groups: got one for a dense weight (m, n), want the defaults")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+        raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
+
+    if convolution:
+        channels = weight.shape[1] * groups
+        if input_size is None:
+            if col_mask is None:
+                raise ValueError("input_size: got None, want (Cin, H, W) for a convolution without col_mask")
+            input_size = list(col_mask.shape[1:])
+        input_shape = list(input_size)
+        if len(input_shape) != 3 or input_shape[0] != channels or min(input_shape) < 1:
+            name = "input_size" if col_mask is None else "col_mask"
+            raise ValueError(f"{name}: got {tuple(input_shape)}, want (Cin, H, W) with Cin = {channels}")
+        spatial = [_output_size(input_shape[i + 1], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+        if min(spatial) < 1:
+            raise ValueError(f"input_size: got {tuple(input_shape)}, want an input no smaller than the dilated kernel")
+        output_shape = [weight.shape[0], *spatial]
+    else:
+        input_shape, output_shape = [weight.shape[1]], [weight.shape[0]]
+        if input_size is not None and list(input_size) != input_shape:
+            raise ValueError(f"input_size: got {tuple(input_size)}, want None or ({input_shape[0]},) for a dense weight")
+    _check_mask("row_mask", row_mask, output_shape, weight)
+    _check_mask("col_mask", col_mask, input_shape, weight)
+    batches = {mask.shape[0] for mask in (row_mask, col_mask) if mask is not None}
+    if len(batches) > 1:
+        raise ValueError(f"row_mask, col_mask: got batch sizes {sorted(batches)}, want one batch size")
+    batch = batches.pop() if batches else 1
+
+    if start is not None:
+        if not isinstance(start, Tensor) or start.dtype != weight.dtype or start.device != weight.device:
+            raise TypeError(f"start: want a tensor of weight's dtype {weight.dtype} and device {weight.device}")
+        if list(start.shape) == input_shape:
+            start = start.unsqueeze(0)
+        if list(start.shape[1:]) != input_shape or start.shape[0] not in (1, batch):
+            raise ValueError(f"start: got shape {tuple(start.shape)}, want {tuple(input_shape)} or (B, *) of it")
+    result = ops.masked_norm(
+        weight, row_mask, col_mask, start, [batch, *input_shape], stride, padding, dilation, groups, iterations
+    )
+    if weight.device.type == "cpu" and not torch.compiler.is_compiling() and bool(result[0].isnan().any()):
+        raise ValueError("weight: got NaN or infinite values, want finite ones")
+    return result if return_vectors else result[0]
+
+
+def masked_norm_bound(
+    weight: Tensor,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+    *,
+    input_size: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    guarantee: str = "probabilistic",
+    failure_probability: float = 1e-9,
+) -> NormBound:
+    """Bound of the masked operator norm that names its guarantee; shapes and errors as :func:`masked_norm`.
+
+    Only ``guarantee="estimate"`` exists yet: ``upper`` then repeats the estimate and proves nothing.
+
+    Raises:
+        NotImplementedError: a guarantee other than "estimate".
+    """
+    check_guarantee(guarantee, failure_probability)
+    with torch.no_grad():
+        estimate = masked_norm(
+            weight, row_mask, col_mask, input_size=input_size, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, iterations=ESTIMATE_ITERATIONS,
+        )  # fmt: skip
+    return NormBound(estimate, estimate, guarantee, 1.0)

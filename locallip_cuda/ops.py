@@ -1,0 +1,201 @@
+"""Typed wrappers over the registered ops, their fake kernels and their gradients: the floor that all else stands on.
+
+The ops live in ``torch.ops.locallip_cuda``; they run on CPU and CUDA, in float32 and float64, under autograd and under
+torch.compile. They check shapes; the arguments of users are checked above, in :mod:`norms` and :mod:`bounds`.
+Four-dimensional results are channels-last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build_info import load_extension
+
+load_extension()
+_ops = torch.ops.locallip_cuda
+
+
+def masked_norm(
+    weight: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    start: Tensor | None,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sigma (B,), right ``input_shape``, left (B, \\*output)) of ``diag(row) W diag(col)``; only sigma has a gradient.
+
+    ``input_shape`` is (B, n) or (B, Cin, H, W); masks are bool of the full shapes, or None for all True; ``start`` is
+    None or of ``input_shape``, or with a batch of one. See :func:`locallip_cuda.masked_norm`.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _ops.masked_norm(
+        weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations
+    )
+    return result
+
+
+def activation_pattern(
+    values: Tensor,
+    half_width: Tensor | None,
+    squared_row_norms: Tensor,
+    radius: Tensor,
+    activation: str,
+    first: Tensor | None,
+    second: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer's bounds in; masks, post-activation box and sparsity terms out, in one pass.
+
+    The pre-activation box [centre - half_width, centre + half_width] is intersected with the ball
+    clean +- radius * sqrt(squared_row_norms). The ball behind the activation, h +- r_l, needs no pass of its own: a
+    surviving row's norm is at most the masked operator norm, so the intersection with it is never tighter than this one.
+
+    Args:
+        values: clean pre-activations (B, \\*shape), followed by the box centres where there is a box: (2B, \\*shape).
+        half_width: (B, \\*shape), or None where only the ball bounds the units.
+        squared_row_norms: (B, \\*shape), or (1, \\*shape) for all samples.
+        radius: (B,) of the ball at the layer's input.
+        activation: "identity", "relu", "clipped_relu", "maxmin" or "clipped_maxmin".
+        first, second: (1, \\*shape) threshold of clipped_relu; upper and lower of clipped_maxmin, half the channels.
+
+    Returns:
+        values (2B, \\*shape): clean outputs, then the centres of their box; half_width (B, \\*shape); row_mask and
+        col_mask, bool (B, \\*shape); slack (B, 2): the means over the units of the two sparsity terms, relu(ub) and
+        relu(threshold - lb); for clipped_maxmin relu(upper - lb_max) + relu(ub_min - lower) and 0.
+        Differentiable in all floating-point inputs; where box and ball tie, the gradient goes to the ball.
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _ops.activation_pattern(
+        values, half_width, squared_row_norms, radius, activation, first, second
+    )
+    return result
+
+
+def margin(features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """(B, K): the most logit j can gain on the label's logit; 0 at the label. Lagrangian dual, so never too small.
+
+    gain[b, j] = max (w_j - w_y) . delta over ||delta|| <= radius_b, lower_b <= features_b + delta <= upper_b.
+
+    Args:
+        features, lower, upper: (B, h); radius: (B,); weight: (K, h); labels: int64 (B,).
+
+    Differentiable in all of them but labels, by the envelope theorem.
+    """
+    gain: Tensor = _ops.margin(features, lower, upper, radius, weight, labels)[0]
+    return gain
+
+
+# ---- fake kernels: shapes and layouts without data ---------------------------------------------------------------------
+
+
+def _laid_out(like: Tensor, shape: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+@torch.library.register_fake("locallip_cuda::masked_norm")
+def _(weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations):  # type: ignore[no-untyped-def]
+    output = [input_shape[0], weight.shape[0]]
+    if weight.dim() == 4:
+        output += [
+            (input_shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
+            for i in range(2)
+        ]
+    return weight.new_empty(input_shape[0]), _laid_out(weight, input_shape), _laid_out(weight, output)
+
+
+@torch.library.register_fake("locallip_cuda::masked_norm_backward")
+def _(grad, weight, right, left, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    return torch.empty_like(weight)
+
+
+@torch.library.register_fake("locallip_cuda::activation_pattern")
+def _(values, half_width, squared_row_norms, radius, activation, first, second):  # type: ignore[no-untyped-def]
+    shape = [radius.shape[0], *values.shape[1:]]
+    mask = [_laid_out(values, shape, torch.bool) for _ in range(2)]
+    out = _laid_out(values, [2 * shape[0], *shape[1:]])
+    return out, _laid_out(values, shape), *mask, values.new_empty(shape[0], 2)
+
+
+@torch.library.register_fake("locallip_cuda::activation_pattern_backward")
+def _(grad_values, grad_half_width, grad_slack, values, half_width, norms, radius, activation, first, second):  # type: ignore[no-untyped-def]
+    def like(t: Tensor | None) -> Tensor:
+        return values.new_empty(0) if t is None else _laid_out(t, t.shape)
+
+    return like(values), like(half_width), like(norms), radius.new_empty(radius.shape), like(first), like(second)
+
+
+@torch.library.register_fake("locallip_cuda::margin")
+def _(features, lower, upper, radius, weight, labels):  # type: ignore[no-untyped-def]
+    shape = (features.shape[0], weight.shape[0])
+    return features.new_empty(shape), features.new_empty(shape)
+
+
+@torch.library.register_fake("locallip_cuda::margin_backward")
+def _(grad_gain, step, features, lower, upper, radius, weight, labels):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (features, lower, upper, radius, weight))
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def _masked_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, *_, stride, padding, dilation, groups, _iterations = inputs
+    ctx.save_for_backward(weight, output[1], output[2])
+    ctx.conv = (stride, padding, dilation, groups)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _masked_norm_backward(ctx: Any, grad: Tensor, _right: Tensor, _left: Tensor) -> tuple[Tensor | None, ...]:
+    weight, right, left = ctx.saved_tensors
+    to_weight = _ops.masked_norm_backward(grad, weight, right, left, *ctx.conv) if ctx.needs_input_grad[0] else None
+    return to_weight, *[None] * 9
+
+
+def _activation_pattern_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    values, half_width, norms, radius, activation, first, second = inputs
+    ctx.save_for_backward(values, half_width, norms, radius, first, second)
+    ctx.activation = activation
+    ctx.mark_non_differentiable(output[2], output[3])
+
+
+def _activation_pattern_backward(
+    ctx: Any, grad_values: Tensor, grad_half_width: Tensor, _row: Tensor, _col: Tensor, grad_slack: Tensor
+) -> tuple[Tensor | None, ...]:
+    values, half_width, norms, radius, first, second = ctx.saved_tensors
+    grads = _ops.activation_pattern_backward(
+        grad_values, grad_half_width, grad_slack, values, half_width, norms, radius, ctx.activation, first, second
+    )
+    to_values, to_half_width, to_norms, to_radius, to_first, to_second = grads
+    return (
+        to_values,
+        None if half_width is None else to_half_width,
+        to_norms,
+        to_radius,
+        None,
+        None if first is None else to_first,
+        None if second is None else to_second,
+    )
+
+
+def _margin_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _margin_backward(ctx: Any, grad_gain: Tensor, _step: Tensor) -> tuple[Tensor | None, ...]:
+    return *_ops.margin_backward(grad_gain, *ctx.saved_tensors), None
+
+
+for _name, _backward, _setup in (
+    ("masked_norm", _masked_norm_backward, _masked_norm_setup),
+    ("activation_pattern", _activation_pattern_backward, _activation_pattern_setup),
+    ("margin", _margin_backward, _margin_setup),
+):
+    torch.library.register_autograd(f"locallip_cuda::{_name}", _backward, setup_context=_setup)
