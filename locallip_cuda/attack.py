@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["pgd"]
 
-# On a GPU the host learns which samples are broken, and drops them, only this often: each look waits for the device.
-_CUDA_CHECK_EVERY = 10
+# The host looks which samples are broken, and drops them, every so many steps. On a GPU each look waits for the device.
+_CHECK_EVERY = {"cpu": 1, "cuda": 10}
 
 
 @contextmanager
@@ -45,15 +45,15 @@ def _per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Each sample's l2 norm, accumulated in float64, as a (B, 1, ..., 1) tensor of x's dtype."""
+    """Each sample's l2 norm as a (B, 1, ..., 1) tensor of x's dtype.
+
+    The squares are summed in float64: a certified net's gradient may be so small that they underflow in float32.
+    """
     return _column(torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64).to(x.dtype), x)
 
 
 def _unit(x: Tensor) -> Tensor:
-    # Scaled to a largest entry of 1 first: a certified net's gradient may be so small that its square underflows.
-    tiny = torch.finfo(x.dtype).tiny
-    x = x / _column(x.abs().flatten(1).amax(1), x).clamp(min=tiny)
-    return x / _norm(x).clamp(min=tiny)
+    return x / _norm(x).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _randn(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -145,8 +145,9 @@ def pgd(
             point = x.clone()
 
         index = torch.arange(x.shape[0], device=x.device)  # the samples still under attack
+        check_every = _CHECK_EVERY.get(x.device.type, 1)
         for k in range(steps + 1):
-            if not x.is_cuda or k % _CUDA_CHECK_EVERY == 0:
+            if k % check_every == 0:
                 alive = (best_loss[index] <= 0) & (reach[index].flatten() > 0)
                 if not bool(alive.all()):
                     index, point = index[alive], point[alive]
@@ -164,7 +165,7 @@ def pgd(
             if k == steps:
                 break
             flat = (gradient == 0).flatten(1).all(1)
-            if x.is_cuda or bool(flat.any()):
+            if check_every > 1 or bool(flat.any()):
                 noise = _randn(gradient, generator)
                 gradient = torch.where(_column(flat, x), noise, gradient)
             point = project(point - x[index] + step[index] * _unit(gradient), x[index], reach[index])

@@ -10,11 +10,11 @@ import gzip
 import hashlib
 import os
 import pickle
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -159,7 +159,7 @@ class _PickledArray:
     def array(self) -> _Bytes:
         try:
             _, shape, dtype, fortran, data = self.state
-            if dtype.code in ("u1", b"u1") and isinstance(data, bytes) and len(shape) == 2:
+            if dtype.code in ("u1", b"u1") and len(shape) == 2:
                 return np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
         except (TypeError, ValueError, AttributeError):
             pass
@@ -264,17 +264,17 @@ def _decode_all(paths: list[Path], cache: Path) -> _Bytes:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for i, image in enumerate(pool.map(_decode, paths)):
             images[i] = image
-    temporary = None
+    # Written aside and moved: neither a full disk nor another process that does the same leaves half a file.
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
-        # Written aside and moved: neither a full disk nor another process that does the same leaves half a file.
-        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("wb") as file:
             np.save(file, images)
         temporary.replace(cache)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         warnings.warn(f"{cache}: cannot keep the decoded images there: {error}", stacklevel=2)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
     return images
 
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from locallip_cuda import data, models
+from locallip_cuda import attack, data, models
 from locallip_cuda.attack import pgd
 
 
@@ -167,6 +168,8 @@ def test_a_tiny_gradient_counts():
     model = linear(torch.tensor([[1e-30, 0.0], [0.0, 1e-30]]), torch.tensor([1e-30, 0.0]))
     x, y = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     assert (model(pgd(model, x, y, 1.0)).argmax(1) == 1).all()
+    step = pgd(model, x, y, 1.0, steps=1, step_size=0.125, random_start=False)
+    torch.testing.assert_close(norms(step, x), torch.tensor([0.125], dtype=torch.float64), rtol=1e-5, atol=0)
 
 
 def test_the_box_is_kept():
@@ -242,6 +245,29 @@ def test_it_stops_when_all_are_broken():
     pgd(Counts(), x, y, 0.5, steps=100, random_start=False)
     assert calls[0] == 2 and calls[-1] == 1  # the sample broken first is dropped
     assert len(calls) < 10
+
+
+def test_looking_less_often_gives_the_same(digits_net, monkeypatch):
+    # On a GPU broken samples stay in the batch for some steps; what was found first is kept all the same.
+    model, x, y = digits_net
+    often = pgd(model, x, y, 0.5, steps=25, random_start=False)
+    monkeypatch.setattr(attack, "_CHECK_EVERY", {"cpu": 10})
+    seldom = pgd(model, x, y, 0.5, steps=25, random_start=False)
+    torch.testing.assert_close(seldom, often, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(digits_net):
+    model, x, y = digits_net
+    moved = copy.deepcopy(model).cuda()
+    out = pgd(moved, x.cuda(), y.cuda(), 0.5, generator=torch.Generator().manual_seed(0))
+    assert out.is_cuda and (norms(out.cpu(), x) <= 0.5).all()
+    here = pgd(model, x, y, 0.5, generator=torch.Generator().manual_seed(0))
+    broken = [
+        (net(points).argmax(1) != labels).sum().item()
+        for net, points, labels in ((moved, out, y.cuda()), (model, here, y))
+    ]
+    assert abs(broken[0] - broken[1]) <= 3
 
 
 def test_eps_and_step_size_per_sample():

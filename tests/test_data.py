@@ -273,16 +273,16 @@ def write_tinyimagenet(root, classes=("n03", "n01", "n02"), each=2, size=(64, 64
 
 
 def test_tinyimagenet(tmp_path, monkeypatch):
-    folder, colours = write_tinyimagenet(tmp_path)
+    folder, colours = write_tinyimagenet(tmp_path, ("n04", "n01", "n03", "n02"))
     train = data.load("tinyimagenet", tmp_path, train=True)
-    assert (train.name, train.classes) == ("tinyimagenet", 3)
-    assert train.images.shape == (6, 3, 64, 64)
-    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]  # n01, n02, n03
+    assert (train.name, train.classes) == ("tinyimagenet", 4)
+    assert train.images.shape == (8, 3, 64, 64)
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # n01, n02, n03, n04
     paths = sorted(path for path in colours if "train" in path.parts)
     wanted = torch.tensor([colours[path] for path in paths])
     assert (train.images[:, :, 10, 20].int() - wanted).abs().max() <= 3
     test = data.load("tinyimagenet", tmp_path, train=False)
-    assert test.labels.tolist() == [2, 0, 1]
+    assert test.labels.tolist() == [3, 0, 2, 1]
 
     # Now from the cache: nothing is decoded any more.
     assert len(list(folder.glob("*.npy"))) == 2 and not list(folder.glob("*.tmp"))
@@ -294,8 +294,13 @@ def test_tinyimagenet(tmp_path, monkeypatch):
     (cache,) = folder.glob("train-*.npy")
     cache.write_bytes(cache.read_bytes()[:-1])
     assert torch.equal(data.load("tinyimagenet", tmp_path, train=True).images, train.images)
-    write_tinyimagenet(tmp_path, each=3)
-    assert len(data.load("tinyimagenet", tmp_path, train=True)) == 9
+    first, second = paths[0], paths[2]
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes() + b"\0")
+    changed = data.load("tinyimagenet", tmp_path, train=True)
+    assert torch.equal(changed.images[0], train.images[2]) and torch.equal(changed.images[1:], train.images[1:])
+    first.write_bytes(content)
+    assert torch.equal(data.load("tinyimagenet", tmp_path, train=True).images, train.images)
 
 
 def test_a_cache_that_is_a_pickle_is_not_run(tmp_path):
@@ -331,6 +336,9 @@ def test_damaged_tinyimagenet(tmp_path):
         with pytest.raises(ValueError, match="not a readable JPEG") as error:
             data.load("tinyimagenet", tmp_path, train=True)
         assert str(path) in str(error.value)
+    pytest.importorskip("PIL.Image").new("RGB", (64, 64)).save(path, "PNG")
+    with pytest.raises(ValueError, match="not a readable JPEG"):
+        data.load("tinyimagenet", tmp_path, train=True)
     path.write_bytes(whole)
     table = folder / "val" / "val_annotations.txt"
     lines = table.read_text()
@@ -587,6 +595,17 @@ def test_augmentation_changes_with_epoch_and_batch():
     assert not torch.equal(a, b) and not torch.equal(a, c)
     plain, _ = next(Batches(split, 32).epoch())
     assert torch.equal(plain, split.batch(torch.arange(32))[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu():
+    split = data.load("digits", train=False)
+    options = {"shuffle": True, "crop": 2, "flip": True}
+    here = list(Batches(split, 100, **options).epoch(1))
+    for source in (split, split.to("cuda")):
+        there = list(Batches(source, 100, device="cuda", **options).epoch(1))
+        for (x, y), (x_there, y_there) in zip(here, there, strict=True):
+            assert x_there.is_cuda and torch.equal(x_there.cpu(), x) and torch.equal(y_there.cpu(), y)
 
 
 @pytest.mark.parametrize(
