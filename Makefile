@@ -30,7 +30,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
 
 bench: $(VENV)/installed-test
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m bench
 
 # Editable, so that changed Python files count at once; changed C++ and CUDA files are compiled by the next make.
 $(VENV)/installed-%: $(VENV)/torch $(COMPILED)
