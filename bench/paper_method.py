@@ -49,7 +49,7 @@ TINY = 1e-12
 
 @dataclass
 class PowerState:
-    """Start vectors, one per layer but the last: `shared` (1, *input) for the global norms, `per_sample` (B, *input)."""
+    """Start vectors per layer but the last: `shared` (1, *input) for the global norms, `per_sample` (B, *input)."""
 
     shared: list[Tensor] = field(default_factory=list)
     per_sample: list[Tensor] = field(default_factory=list)

@@ -1,0 +1,190 @@
+"""Run the benchmarks, print how many times faster ours is than each baseline, and fail where a ratio has regressed.
+
+    python -m bench                         run all, keep the JSON in bench/results, check bench/thresholds.json
+    python -m bench -k training_step        run a part
+    python -m bench --read RUN.json         print and check an earlier run
+    python -m bench --compare OLD.json NEW.json   ratios of two runs (of two commits, say) side by side
+
+Ratios are between variants of one run, timed in turn, so they carry over between machines better than seconds do; a
+ratio is the median over the repeats of baseline time per sample by our time per sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+THRESHOLDS = HERE / "thresholds.json"
+# A ratio that fell by more than this between two runs counts as a regression.
+COMPARE_TOLERANCE = 0.15
+# Slack for "norms at least as close to the converged ones": the norms of a few samples are compared.
+CLOSENESS_SLACK = 2e-3
+
+
+@dataclass
+class Variant:
+    """One variant of a case: milliseconds a call per repeat, samples a call, and the facts its benchmark recorded."""
+
+    samples: int = 0
+    times: dict[int, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+
+    def typical(self) -> float:
+        return statistics.median(self.times.values())
+
+
+Cases = dict[tuple[str, str], dict[str, Variant]]
+
+
+def read(run: dict[str, Any]) -> Cases:
+    cases: Cases = {}
+    for entry in run["benchmarks"]:
+        info = dict(entry["extra_info"])
+        op, case, name, repeat = (info.pop(key) for key in ("op", "case", "variant", "repeat"))
+        variant = cases.setdefault((op, case), {}).setdefault(name, Variant())
+        variant.samples = info.pop("samples")
+        variant.times[repeat] = entry["stats"]["median"] * 1e3
+        variant.facts |= info
+    return cases
+
+
+def ratios(ours: Variant, other: Variant) -> list[float]:
+    """How many times as long `other` takes a sample, one number a repeat."""
+    both = sorted(ours.times.keys() & other.times.keys())
+    return [other.times[r] / other.samples / (ours.times[r] / ours.samples) for r in both]
+
+
+def speedups(cases: Cases) -> dict[str, list[float]]:
+    return {
+        f"{op}: {case} vs {name}": ratios(variants["ours"], variant)
+        for (op, case), variants in cases.items()
+        if "ours" in variants
+        for name, variant in variants.items()
+        if name != "ours"
+    }
+
+
+def describe(run: dict[str, Any]) -> str:
+    machine, commit = run["machine_info"], run["commit_info"]
+    cpu = machine.get("cpu", {}).get("brand_raw", machine.get("processor", "unknown CPU"))
+    changed = " with uncommitted changes" if commit.get("dirty") else ""
+    return (
+        f"{run['datetime'][:19]}  commit {str(commit.get('id'))[:12]}{changed}\n"
+        f"{cpu}, {machine['torch_threads']} threads; device {machine['device']}; torch {machine['torch']}\n"
+        f"{machine['command']}"
+    )
+
+
+def table(cases: Cases) -> str:
+    lines = [f"{'':44} {'ms/call':>10} {'samples':>7} {'ratio':>7} {'of repeats':>13}  quality"]
+    for (op, case), variants in cases.items():
+        lines.append(f"{op}: {case}")
+        for name, variant in variants.items():
+            line = f"    {name:40} {variant.typical():10.2f} {variant.samples:7d}"
+            if name != "ours" and "ours" in variants:
+                each = ratios(variants["ours"], variant)
+                line += f" {statistics.median(each):6.2f}x {min(each):5.2f} - {max(each):5.2f}"
+            else:
+                line += " " * 22
+            facts = variant.facts
+            notes = [f"{key} {facts[key]:.4f}" for key in sorted(facts) if key != "peak_bytes"]
+            if "peak_bytes" in facts:
+                notes.append(f"peak {facts['peak_bytes'] / 2**20:.0f} MiB")
+            lines.append(f"{line}  {', '.join(notes)}".rstrip())
+    return "\n".join(lines)
+
+
+def regressions(cases: Cases, device: str) -> list[str]:
+    """What of thresholds.json does not hold, for the cases that ran."""
+    limits = json.loads(THRESHOLDS.read_text())["cpu" if device == "cpu" else "cuda"]
+    measured = speedups(cases)
+    found = [
+        f"{key}: {statistics.median(measured[key]):.2f} times as fast, want {least}"
+        for key, least in limits["speed"].items()
+        if key in measured and statistics.median(measured[key]) < least
+    ]
+    for (op, case), variants in cases.items():
+        ours = variants.get("ours", Variant()).facts
+        for name, variant in variants.items():
+            key = f"{op}: {case} vs {name}"
+            most = limits["memory"].get(key)
+            if most is not None and {"peak_bytes"} <= ours.keys() & variant.facts.keys():
+                share = ours["peak_bytes"] / variant.facts["peak_bytes"]
+                if share > most:
+                    found.append(f"{key}: peak memory {share:.2f} of the baseline's, want at most {most}")
+            if name.startswith("paper"):
+                for fact in ("closeness_mean", "lipschitz_closeness"):
+                    if {fact} <= ours.keys() & variant.facts.keys() and ours[fact] < variant.facts[
+                        fact
+                    ] - CLOSENESS_SLACK:
+                        found.append(
+                            f"{key}: {fact} {ours[fact]:.4f}, less than the baseline's {variant.facts[fact]:.4f}"
+                        )
+    return found
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
+    before, after = speedups(read(old)), speedups(read(new))
+    print(f"old: {describe(old)}\nnew: {describe(new)}\n\n{'':64} {'old':>7} {'new':>7} {'change':>7}")
+    worse = 0
+    for key in [k for k in before if k in after]:
+        first, second = statistics.median(before[key]), statistics.median(after[key])
+        change = second / first - 1
+        worse += change < -COMPARE_TOLERANCE
+        mark = "  REGRESSION" if change < -COMPARE_TOLERANCE else ""
+        print(f"{key:64} {first:6.2f}x {second:6.2f}x {change:+7.0%}{mark}")
+    for key in sorted(before.keys() ^ after.keys()):
+        print(f"{key:64} only in the {'old' if key in before else 'new'} run")
+    return 1 if worse else 0
+
+
+def report(path: Path) -> int:
+    run = json.loads(path.read_text())
+    cases = read(run)
+    print(f"{describe(run)}\n\n{table(cases)}\n")
+    found = regressions(cases, run["machine_info"]["device"])
+    for line in found:
+        print(f"REGRESSION {line}")
+    print(f"{path}: {f'{len(found)} regressions' if found else 'no regression'} against {THRESHOLDS.name}")
+    return 1 if found else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-k", metavar="EXPRESSION", help="run only the benchmarks that match, as in pytest -k")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the JSON goes (default: bench/results/TIME.json)"
+    )
+    parser.add_argument("--read", type=Path, metavar="FILE", help="print and check an earlier run")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare the ratios of two runs")
+    arguments = parser.parse_args()
+    if arguments.compare:
+        old, new = (json.loads(path.read_text()) for path in arguments.compare)
+        return compare(old, new)
+    if arguments.read:
+        return report(arguments.read)
+    output = arguments.output or HERE / "results" / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output = output.resolve()
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable-gc", f"--benchmark-json={output}"]
+    command += ["--benchmark-columns=median", "--benchmark-quiet", *(["-k", arguments.k] if arguments.k else [])]
+    command += sorted(f"{HERE.name}/{path.name}" for path in HERE.glob("bench_*.py"))
+    failed = subprocess.run(command, cwd=HERE.parent, check=False).returncode
+    if failed:
+        print(f"the benchmarks themselves failed (pytest exit status {failed})")
+        return failed
+    return report(output)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

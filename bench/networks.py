@@ -1,0 +1,103 @@
+"""Briefly trained networks for the benchmarks: mask densities and spectra of a random initialisation say nothing.
+
+The data is synthetic and needs no download: scikit-learn's 8x8 digits, enlarged, shifted and coloured at random. The
+networks train from a fixed seed by the paper's method (not by the code under test, so that they do not change with it)
+and are kept in bench/.cache. They are inputs of benchmarks, not results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from bench import paper_method
+from locallip_cuda import models
+from locallip_cuda.nn import project_thresholds_
+
+CACHE = Path(__file__).parent / ".cache"
+VERSION = 1  # of what is below: a change makes new networks
+CLEAN_STEPS, ROBUST_STEPS, BATCH = 150, 40, 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a recipe of the paper that a training step needs.
+
+    eps_train is where the brief training here ends; eps, at which the steps are timed, is one that the ramp-up passes
+    through, chosen so that in these networks a good part of the units is constant. rounds: of the translation loop.
+    """
+
+    batch: int
+    eps_train: float
+    eps: float
+    iterations: int
+    loss: str
+    rounds: int
+
+
+RECIPES = {
+    "mnist-4c3f": Recipe(batch=64, eps_train=0.3, eps=0.05, iterations=5, loss="gloro", rounds=10),
+    "cifar10-6c2f": Recipe(batch=32, eps_train=0.1551, eps=0.02, iterations=2, loss="bcp", rounds=1),
+}
+
+
+def images(name: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` synthetic images in [0, 1] of the shape that network `name` takes, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = models.spec(name).input_shape
+    digits = load_digits()
+    pick = torch.randint(len(digits.target), (count,), generator=generator)
+    small = torch.as_tensor(digits.images, dtype=torch.float32)[pick, None] / 16
+    side = height - 8
+    large = F.interpolate(small, size=(side, side), mode="bilinear", align_corners=False)
+    canvas = torch.zeros(count, 1, height, width)
+    for i, (top, left) in enumerate(torch.randint(0, 9, (count, 2), generator=generator).tolist()):
+        canvas[i, :, top : top + side, left : left + side] = large[i]
+    if channels == 3:
+        front, back = torch.rand(2, count, 3, 1, 1, generator=generator)
+        front, back = 0.6 + 0.4 * front, 0.4 * back
+        canvas = back + (front - back) * canvas
+        canvas = (canvas + 0.02 * torch.randn(canvas.shape, generator=generator)).clamp(0, 1)
+    return canvas, torch.as_tensor(digits.target, dtype=torch.int64)[pick]
+
+
+def _train(name: str, activation: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    recipe = RECIPES[name]
+    model = models.build(name, activation)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step in range(CLEAN_STEPS + ROBUST_STEPS):
+        x, y = images(name, BATCH, seed=step)
+        progress = max(step + 1 - CLEAN_STEPS, 0) / ROBUST_STEPS
+        if progress == 0:
+            loss = F.cross_entropy(model(x), y)
+        else:
+            bounds = paper_method.paper_bounds(model, x, progress * recipe.eps_train, 1)
+            loss = (1 - progress) * F.cross_entropy(bounds.logits, y)
+            loss = loss + progress * paper_method.robust_cross_entropy(bounds, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        project_thresholds_(model)
+    return model
+
+
+@lru_cache
+def trained(name: str, activation: str = "clipped-relu") -> nn.Sequential:
+    """The trained network, float32 on the CPU; treat it as read-only. About a minute the first time."""
+    CACHE.mkdir(exist_ok=True)
+    path = CACHE / f"{name}-{activation}-{VERSION}.pt"
+    if not path.exists():
+        state = _train(name, activation).state_dict()
+        partial = path.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(path)
+    model = models.build(name, activation)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model

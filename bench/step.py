@@ -1,0 +1,114 @@
+"""One training step of each variant, for the timing and the memory benchmarks of the same name.
+
+- `ours`: local_bounds, loss, backward, Adam.
+- `paper`: the published method as published: a forward pass of its own for the clean loss, all class pairs.
+- `paper-lean`: the same method without those two (see `bench.paper_method`), as a careful user of plain PyTorch would.
+- `plain`: forward, cross entropy, backward, Adam.
+
+The loss is the recipe's: kappa * clean + (1 - kappa) * robust with kappa 1/2 for BCP, the GloRo loss alone for GloRo.
+Each step is `python -m bench.step NETWORK VARIANT` too: it prints the step's peak memory in bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import networks, paper_method
+from bench.support import DEVICE
+from locallip_cuda import LocalBounds, local_bounds, losses
+
+VARIANTS = ("ours", "paper", "paper-lean", "plain")
+
+
+def adam(model: nn.Sequential) -> torch.optim.Optimizer:
+    """Adam with learning rate zero: it does its arithmetic, and every round and variant meets the same weights."""
+    return torch.optim.Adam(model.parameters(), lr=0.0)
+
+
+def step(
+    model: nn.Sequential, optimizer: torch.optim.Optimizer, name: str, variant: str, batch: int
+) -> Callable[[], LocalBounds | paper_method.PaperBounds | None]:
+    """A function that makes one training step on a fixed batch of synthetic images and returns its bounds, if any."""
+    recipe = networks.RECIPES[name]
+    x, y = (t.to(DEVICE) for t in networks.images(name, batch, seed=10**6))
+    start = paper_method.random_state(model, x) if variant.startswith("paper") else None
+
+    def combine(clean: Tensor, robust: Tensor) -> Tensor:
+        return robust if recipe.loss == "gloro" else 0.5 * clean + 0.5 * robust
+
+    def ours() -> LocalBounds:
+        bounds = local_bounds(model, x, recipe.eps, iterations=recipe.iterations)
+        robust = losses.gloro(bounds, y) if recipe.loss == "gloro" else losses.robust_cross_entropy(bounds, y)
+        finish(combine(F.cross_entropy(bounds.logits, y), robust))
+        return bounds
+
+    def paper() -> paper_method.PaperBounds:
+        published = variant == "paper"
+        clean = F.cross_entropy(model(x), y) if published else None
+        bounds = paper_method.paper_bounds(model, x, recipe.eps, recipe.iterations, start)
+        loss = paper_method.gloro if recipe.loss == "gloro" else paper_method.robust_cross_entropy
+        robust = loss(bounds, y, recipe.rounds, all_pairs=published)
+        finish(combine(F.cross_entropy(bounds.logits, y) if clean is None else clean, robust))
+        return bounds
+
+    def plain() -> None:
+        finish(F.cross_entropy(model(x), y))
+
+    def finish(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return {"ours": ours, "paper": paper, "paper-lean": paper, "plain": plain}[variant]
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def peak_memory(name: str, variant: str, batch: int) -> int:
+    """Bytes that one step takes at its peak beyond what stands before it (weights, Adam's moments, the libraries).
+
+    On a CPU it is the rise of the process's largest resident set, which counts what bypasses torch's allocator too
+    (oneDNN's workspaces, the extension's own buffers), and so needs a fresh process; VmHWM, not ru_maxrss, which would
+    start at the parent's. A step with a batch of two first loads the libraries and creates Adam's moments.
+    """
+    model = networks.trained(name).to(DEVICE)
+    optimizer = adam(model)
+    step(model, optimizer, name, variant, 2)()
+    measured = step(model, optimizer, name, variant, batch)
+    optimizer.zero_grad()
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        measured()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # Sets VmHWM back to the present; where that is not allowed, an earlier peak only makes the result larger.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS:")
+    measured()
+    return _resident("VmHWM:") - before
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Peak memory of one training step, in bytes.")
+    parser.add_argument("network", choices=sorted(networks.RECIPES))
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("batch", type=int)
+    arguments = parser.parse_args()
+    print(peak_memory(arguments.network, arguments.variant, arguments.batch))

@@ -1,0 +1,102 @@
+"""What the benchmark files share: the device, how a function is timed, and converged norms to judge closeness by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Every variant of a case is timed in turn, this many times over, so that what else the machine does hits all alike.
+REPEATS = 5
+# Seconds of timed rounds for one variant and repeat; at least one round, whatever it takes.
+BUDGET = 0.5
+MOST_ROUNDS = 50
+
+
+def interleaved(cases: dict[str, Sequence[str]]) -> list[tuple[str, int, str]]:
+    """(case, repeat, variant) in the order to run them: all variants of a case next to each other, again and again."""
+    return [(case, repeat, variant) for case in cases for repeat in range(REPEATS) for variant in cases[case]]
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(benchmark: Any, function: Callable[[], object], **facts: object) -> None:
+    """Time `function` with pytest-benchmark, the device's queue drained in every round, and attach `facts`.
+
+    facts: op, case, variant, repeat; samples, for which one call does the work; and what else describes the result.
+    """
+
+    def timed() -> None:
+        function()
+        synchronize()
+
+    timed()
+    start = time.perf_counter()
+    timed()
+    rounds = min(max(round(BUDGET / (time.perf_counter() - start)), 1), MOST_ROUNDS)
+    benchmark.group = f"{facts['op']} {facts['case']}"
+    benchmark.extra_info.update(facts)
+    benchmark.pedantic(timed, rounds=rounds, iterations=1, warmup_rounds=0)
+
+
+def converged_norms(
+    layer: nn.Conv2d | nn.Linear, rows: Tensor | None, columns: Tensor | None, shape: Sequence[int], steps: int = 60
+) -> Tensor:
+    """Norms of diag(rows) W diag(columns), float64, by Golub-Kahan-Lanczos with full reorthogonalisation. (B,).
+
+    Independent of the code under test. shape: (B, *input). The value is a Ritz value, so never above the true norm.
+    """
+    weight = layer.weight.detach().double()
+
+    def forward(value: Tensor) -> Tensor:
+        if isinstance(layer, nn.Linear):
+            return F.linear(value, weight)
+        return F.conv2d(value, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def masked(value: Tensor, mask: Tensor | None) -> Tensor:
+        return value if mask is None else value * mask
+
+    def unit(value: Tensor) -> tuple[Tensor, Tensor]:
+        length = value.flatten(1).norm(dim=1)
+        return value / length.clamp(min=1e-300).view(-1, *[1] * (value.dim() - 1)), length
+
+    def against(value: Tensor, basis: list[Tensor]) -> Tensor:
+        if not basis:
+            return value
+        stack = torch.stack([b.flatten(1) for b in basis], 2)
+        flat = value.flatten(1).unsqueeze(2)
+        for _ in range(2):
+            flat = flat - stack @ (stack.mT @ flat)
+        return flat.view_as(value)
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(*shape, dtype=torch.float64, generator=generator).to(weight.device)
+    right, _ = unit(masked(start, columns))
+    rights: list[Tensor] = [right]
+    images: list[Tensor] = []
+    for _ in range(steps):
+        # The adjoint by autograd: the operator is linear, so its vector-Jacobian product is the same at every point.
+        variable = rights[-1].detach().requires_grad_()
+        applied = masked(forward(variable), rows)
+        image = applied.detach()
+        (back,) = torch.autograd.grad(applied, variable, image)
+        images.append(image)
+        right, length = unit(against(masked(back, columns), rights))
+        if not (length > 1e-12 * image.flatten(1).norm(dim=1)).any():
+            break
+        rights.append(right)
+    return torch.linalg.matrix_norm(torch.stack([i.flatten(1) for i in images], 2), 2)
+
+
+def closeness(estimate: Tensor, converged: Tensor) -> dict[str, float]:
+    """Estimate over converged norm: the mean and the worst over samples. An empty operator counts as exact."""
+    ratio = torch.where(converged > 0, estimate.detach().double() / converged, torch.ones_like(converged))
+    return {"closeness_mean": ratio.mean().item(), "closeness_min": ratio.min().item()}
