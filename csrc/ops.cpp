@@ -15,11 +15,11 @@
 #include "masked_norm.h"
 
 #ifdef LOCALLIP_CUDA
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #define LOCALLIP_GUARD(tensor) const c10::cuda::OptionalCUDAGuard device_guard(at::device_of(tensor))
 #define LOCALLIP_RUN(tensor, function, ...) \
-  ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, at::cuda::getCurrentCUDAStream().stream()) : cpu::function(__VA_ARGS__))
+  ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, c10::cuda::getCurrentCUDAStream().stream()) : cpu::function(__VA_ARGS__))
 #define LOCALLIP_HOST_RUN(tensor, function, ...) \
   ((tensor).is_cuda() ? cuda::function(__VA_ARGS__) : cpu::function(__VA_ARGS__))
 #else
