@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from types import TracebackType
 
@@ -40,8 +41,16 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if not dist.is_initialized():
+            return
+        # Gloo's threads let go of Python objects when a collective is done. One that does so while the interpreter
+        # shuts down aborts the process, so the groups and what still refers to them have to be gone before.
+        gc.collect()
+        if error is None:
+            dist.barrier()
+        self._control = None
+        dist.destroy_process_group()
+        gc.collect()
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of ``value`` over all processes, on the CPU; all of them call this together."""

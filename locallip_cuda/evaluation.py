@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ def global_radius(logits: Tensor, y: Tensor, weight: Tensor, lipschitz: float) -
     logits, weight = logits.double(), weight.double()
     gap = logits.gather(1, y[:, None]) - logits
     distance = torch.linalg.vector_norm(weight[y][:, None, :] - weight[None, :, :], dim=2)
-    radius = gap / (lipschitz * distance)  # where the distance is 0: +inf or -inf by the gap, NaN for y itself
+    radius: Tensor = gap / (lipschitz * distance)  # where the distance is 0: +inf or -inf by the gap, NaN for y itself
     radius = radius.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     return radius.scatter(1, y[:, None], torch.inf).amin(1)
 
@@ -87,7 +89,7 @@ def measure(
     dataset: Dataset,
     eps: float,
     *,
-    radius: str = "local",
+    radius: Literal["local", "global"] = "local",
     guarantee: str = "estimate",
     iterations: int = 50,
     batch_size: int = 256,
@@ -119,10 +121,10 @@ def measure(
     if not isinstance(last, nn.Linear):
         raise TypeError(f"model ends in {type(last).__name__}; it must end in a Linear layer")
 
-    def bounded(indices: Tensor, at: float, progress: Callable[[int], object]) -> tuple[Tensor, Tensor]:
+    def bounded(at: float, progress: Callable[[int], object], indices: Tensor) -> tuple[Tensor, Tensor]:
         """Which of ``indices`` are certified at radius ``at``, and their local Lipschitz constants."""
         certified, lipschitz = [], []
-        for part in indices.split(batch_size):
+        for part in torch.split(indices, batch_size):
             bounds = local_bounds(model, x[part], at, radius=radius, iterations=iterations, guarantee=guarantee)
             certified.append(bounds.margin(y[part]) > 0)
             lipschitz.append(bounds.lipschitz)
@@ -133,7 +135,7 @@ def measure(
     with torch.no_grad():
         with stages("clean") as progress:
             logits = []
-            for part in everything.split(batch_size):
+            for part in torch.split(everything, batch_size):
                 logits.append(model(x[part]))
                 progress(len(part))
             clean_logits = torch.cat(logits)
@@ -143,13 +145,13 @@ def measure(
             lipschitz_global = float(first.global_lipschitz)
             radii = global_radius(clean_logits, y, last.weight, lipschitz_global)
         with stages("local bound") as progress:
-            certified, lipschitz = bounded(everything, eps, progress)
+            certified, lipschitz = bounded(eps, progress, everything)
         certified = certified & correct
 
     with stages("attack") as progress:
         standing = correct.clone()
         generator = torch.Generator(device=device).manual_seed(seed)
-        for part in everything.split(batch_size):
+        for part in torch.split(everything, batch_size):
             attacked = pgd(model, x[part], y[part], eps, steps=attack_steps, generator=generator)
             with torch.no_grad():
                 standing[part] &= model(attacked).argmax(1) == y[part]
@@ -158,10 +160,10 @@ def measure(
     levels = {1.0: certified, 0.0: correct}
     with torch.no_grad(), stages("curve") as progress:
         for factor in [f for f in CURVE if f > 1]:
-            levels[factor] = _retry(levels[max(levels)], lambda i, f=factor: bounded(i, f * eps, progress)[0])
+            levels[factor] = _retry(levels[max(levels)], partial(bounded, factor * eps, progress))
         below = certified
         for factor in [f for f in reversed(CURVE) if 0 < f < 1]:
-            found = _retry(correct & ~below, lambda i, f=factor: bounded(i, f * eps, progress)[0])
+            found = _retry(correct & ~below, partial(bounded, factor * eps, progress))
             levels[factor] = below = below | found
 
     def share(mask: Tensor) -> float:
@@ -183,10 +185,10 @@ def measure(
     )
 
 
-def _retry(candidates: Tensor, certify: Callable[[Tensor], Tensor]) -> Tensor:
+def _retry(candidates: Tensor, certify: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     """Where among ``candidates`` (bool) ``certify``, asked for their indices, says yes."""
     found = torch.zeros_like(candidates)
     indices = candidates.nonzero()[:, 0]
     if len(indices):
-        found[indices] = certify(indices)
+        found[indices], _ = certify(indices)
     return found

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .models import ACTIVATIONS, MODELS
 
@@ -38,7 +38,7 @@ class Recipe:
         "that stands for 'not certified'; lmt, Lipschitz margin training",
         choices=LOSSES,
     )
-    radius: str = _number("which Lipschitz bound the boxes are grown with", choices=RADII)
+    radius: Literal["local", "global"] = _number("which Lipschitz bound the boxes are grown with", choices=RADII)
     eps: float = _number("l2 radius at which the test set is certified")
     eps_train: float = _number("l2 radius of training after the ramp-up")
     epochs: int = _number("passes over the training set; a new number here scales the three below in proportion")

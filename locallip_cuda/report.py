@@ -87,7 +87,7 @@ def digest(path: Path) -> str:
 def checksum(dataset: Dataset) -> str:
     """CRC-32 over images and labels, in hexadecimal: tells one copy of a data set from another."""
     labels = dataset.labels.cpu().numpy().tobytes()
-    return f"{zlib.crc32(labels, zlib.crc32(dataset.images.cpu().contiguous().numpy())):08x}"
+    return f"{zlib.crc32(labels, zlib.crc32(dataset.images.cpu().contiguous().numpy().data)):08x}"
 
 
 def write_json(path: Path, measurement: Measurement, context: dict[str, Any]) -> None:

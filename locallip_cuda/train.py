@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -243,11 +244,6 @@ class Trainer:
         self.totals = torch.zeros(len(_STATISTICS), dtype=torch.float64, device=settings.device)
         if settings.resume:
             self._restore()
-        objective = Objective(self.model, recipe, settings.precision)
-        self.objective: nn.Module = objective
-        if self.workers.count > 1:
-            device_ids = [settings.device] if settings.device.type == "cuda" else None
-            self.objective = DistributedDataParallel(objective, device_ids=device_ids)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -330,17 +326,23 @@ class Trainer:
         OSError when a checkpoint cannot be written. The previous checkpoint is whole in every case.
         """
         evaluation: Evaluation | None = None
+        objective: nn.Module = Objective(self.model, self.recipe, self.settings.precision)
+        if self.workers.count > 1:
+            # For weights with one input channel two sets of strides describe the same layout; torch warns of any difference.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            device_ids = [self.settings.device] if self.settings.device.type == "cuda" else None
+            objective = DistributedDataParallel(objective, device_ids=device_ids)
         self.settings.out.mkdir(parents=True, exist_ok=True)
         with _Signals(self.workers.started_by_torchrun) as signals, self._tensorboard() as board:
             while self.epoch < self.recipe.epochs:
-                speed = self._train_epoch(signals)
+                speed = self._train_epoch(objective, signals)
                 evaluation = self._finish_epoch(board, speed) or evaluation
                 self.save()
                 if self.epoch < self.recipe.epochs and self.workers.any(bool(signals.number)):
                     raise Interrupted(signals.number or signal.SIGTERM, self.path)
         return evaluation
 
-    def _train_epoch(self, signals: _Signals) -> float:
+    def _train_epoch(self, objective: nn.Module, signals: _Signals) -> float:
         """The rest of the current epoch; returns the samples per second."""
         recipe, device = self.recipe, self.settings.device
         quiet = self.workers.rank > 0 or not sys.stderr.isatty()
@@ -349,7 +351,7 @@ class Trainer:
         with tqdm(total=self.steps, initial=first, unit="step", leave=False, disable=quiet, dynamic_ncols=True) as bar:
             bar.set_description(f"epoch {self.epoch + 1}/{recipe.epochs}")
             for x, y in self.batches.epoch(self.epoch, first):
-                self._train_step(x, y)
+                self._train_step(objective, x, y)
                 self.step += 1
                 self.seconds = before + time.perf_counter() - started
                 bar.update()
@@ -367,12 +369,12 @@ class Trainer:
         self.seconds = before + time.perf_counter() - started
         return (self.step - first) * recipe.batch_size / max(self.seconds - before, 1e-9)
 
-    def _train_step(self, x: Tensor, y: Tensor) -> None:
+    def _train_step(self, objective: nn.Module, x: Tensor, y: Tensor) -> None:
         now = self.epoch + self.step / self.steps
         for settings in self.optimiser.param_groups:
             settings["lr"] = self.recipe.learning_rate_at(now)
         self.optimiser.zero_grad(set_to_none=True)
-        loss, statistics = self.objective(x, y, self.recipe.radius_at(now), self.recipe.kappa(now))
+        loss, statistics = objective(x, y, self.recipe.radius_at(now), self.recipe.kappa(now))
         loss.backward()
         self.optimiser.step()
         project_thresholds_(self.model)
@@ -423,7 +425,7 @@ class Trainer:
             yield None
             return
         # What an earlier process logged beyond its last checkpoint is dropped.
-        with SummaryWriter(str(self.settings.out), purge_step=self.epoch + 1) as board:  # type: ignore[no-untyped-call]
+        with SummaryWriter(str(self.settings.out), purge_step=self.epoch + 1) as board:
             yield board
 
 

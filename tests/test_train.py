@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import distributed_gradients
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import two_processes
 
 from locallip_cuda import checkpoint, data, local_bounds, losses, models, train
 from locallip_cuda.checkpoint import CheckpointError
@@ -206,9 +206,9 @@ def test_resume_is_exact(tmp_path: Path, whole: Path, monkeypatch: pytest.Monkey
     done = 0
     original = train.Trainer._train_step
 
-    def stop_after(self: train.Trainer, x: torch.Tensor, y: torch.Tensor) -> None:
+    def stop_after(*inputs: Any) -> None:
         nonlocal done
-        original(self, x, y)
+        original(*inputs)
         done += 1
         if done == step:
             os.kill(os.getpid(), signal.SIGINT)
@@ -319,30 +319,33 @@ def _torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=240)
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
-    done = _torchrun(distributed_gradients.__file__, str(tmp_path / "gradients"))
+def test_two_processes_do_as_one(tmp_path: Path) -> None:
+    """The same gradients, the same run from the command line, and the same again when it is stopped and resumed."""
+    done = _torchrun(two_processes.__file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
     together = safetensors.torch.load_file(tmp_path / "gradients")
-    numbers = distributed_gradients.numbers()
+    numbers = two_processes.NUMBERS
     objective = train.Objective(train.build_model(numbers), numbers)
-    for kappa in (1.0, 0.25):
-        alone = distributed_gradients.gradients(objective, Workers(), numbers, kappa)
+    for kappa in two_processes.KAPPAS:
+        alone = two_processes.gradients(objective, Workers(), numbers, kappa)
         for name, gradient in alone.items():
             assert gradient.abs().max() > 0, name
             torch.testing.assert_close(together[f"{kappa}/{name}"], gradient, rtol=1e-3, atol=1e-6)
 
-
-def test_two_processes_train_and_resume(tmp_path: Path) -> None:
-    options = ["--epochs", "1", "--batch-size", "256", "--device", "cpu", "--out", str(tmp_path)]
+    options = ["--epochs", "1", "--batch-size", "256", "--device", "cpu", "--out", str(tmp_path / "whole")]
     done = _torchrun("-m", "locallip_cuda", "train", "digits", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1") == 1
-    tensors, config = checkpoint.load(tmp_path / train.CHECKPOINT_NAME)
+    _same(tmp_path / "whole", tmp_path / "resumed")
+    tensors, config = checkpoint.load(tmp_path / "whole" / train.CHECKPOINT_NAME)
     assert config["processes"] == 2 and {"random/cpu/0", "random/cpu/1"} <= tensors.keys()
-    alone = _run(tmp_path / "alone", recipe("digits").replace(epochs=1, batch_size=256)).history[0]
-    for name in ("loss", "clean", "robust"):
-        assert config["history"][0][name] == pytest.approx(alone[name], rel=1e-2)
-    again = _torchrun("-m", "locallip_cuda", "train", "digits", *options, "--resume")
-    assert again.returncode == 0 and "nothing is left to do" in again.stdout, again.stderr
-    odd = _torchrun("-m", "locallip_cuda", "train", "digits", *options, "--overwrite", "--batch-size", "255")
-    assert odd.returncode != 0 and "batch_size is 255; it must be a multiple of the 2 processes" in odd.stderr
+    single = _run(tmp_path / "single", two_processes.SHORT).history[0]
+    for name in ("loss", "clean", "robust", "lipschitz"):
+        assert config["history"][0][name] == pytest.approx(single[name], rel=1e-2)
+
+
+def test_a_batch_that_processes_cannot_share_is_named(tmp_path: Path) -> None:
+    workers = Workers()
+    workers.count = 3
+    with pytest.raises(ValueError, match="batch_size is 256; it must be a multiple of the 3 processes"):
+        train.Trainer(SHORT, train.Settings(out=tmp_path), workers)
