@@ -328,7 +328,7 @@ class Trainer:
         evaluation: Evaluation | None = None
         objective: nn.Module = Objective(self.model, self.recipe, self.settings.precision)
         if self.workers.count > 1:
-            # For weights with one input channel two sets of strides describe the same layout; torch warns of any difference.
+            # With one input channel two sets of strides describe the same layout; torch warns of any difference.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             device_ids = [self.settings.device] if self.settings.device.type == "cuda" else None
             objective = DistributedDataParallel(objective, device_ids=device_ids)
