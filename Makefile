@@ -15,7 +15,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 COMPILED = setup.py pyproject.toml $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench FORCE
+.PHONY: demo test lint ruff mypy clang-format bench FORCE
 
 demo: $(VENV)/installed-plot
 	$(BIN)/locallip train digits --out runs/digits --overwrite
@@ -24,9 +24,15 @@ demo: $(VENV)/installed-plot
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed-test
+lint: ruff mypy clang-format
+
+ruff: $(VENV)/installed-test
 	$(BIN)/python -m ruff check .
+
+mypy: $(VENV)/installed-test
 	$(BIN)/python -m mypy
+
+clang-format: $(VENV)/installed-test
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
 
 bench: $(VENV)/installed-test
