@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 @lru_cache(maxsize=2)
 def problem(case: str, layout: torch.memory_format) -> Problem:
-    """Bounds of which about a third of the units are constant; half of them come from the box, half from the ball."""
+    """Bounds of which about half of the units are constant; half of them come from the box, half from the ball."""
     generator = torch.Generator().manual_seed(0)
     activation = ClippedReLU(SHAPE, 1.0) if "relu" in case else ClippedMaxMin((16, 32, 32), 0.5, -0.5)
     clean = torch.randn(BATCH, *SHAPE, generator=generator)

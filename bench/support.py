@@ -38,7 +38,6 @@ def measure(benchmark: Any, function: Callable[[], object], **facts: object) -> 
         function()
         synchronize()
 
-    timed()
     start = time.perf_counter()
     timed()
     rounds = min(max(round(BUDGET / (time.perf_counter() - start)), 1), MOST_ROUNDS)

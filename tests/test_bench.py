@@ -1,0 +1,69 @@
+"""The benchmark command's arithmetic: ratios per sample, medians over repeats, and what counts as a regression."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import __main__ as command
+
+CASE = "cifar10-6c2f"
+
+
+def entry(variant: str, repeat: int, seconds: float, samples: int = 32, **facts: float) -> dict[str, Any]:
+    info = {"op": "training_step", "case": CASE, "variant": variant, "repeat": repeat, "samples": samples, **facts}
+    return {"extra_info": info, "stats": {"median": seconds}}
+
+
+def run(
+    ours: float, paper: list[float], *, device: str = "cpu", ours_bytes: float = 40, ours_closeness: float = 0.99
+) -> dict[str, Any]:
+    benchmarks = []
+    for repeat, seconds in enumerate(paper):
+        facts: dict[str, float] = {}
+        other: dict[str, float] = {}
+        if repeat == 0:
+            facts = {"peak_bytes": ours_bytes, "closeness_mean": ours_closeness}
+            other = {"peak_bytes": 100, "closeness_mean": 0.9}
+        benchmarks += [entry("ours", repeat, ours, **facts), entry("paper", repeat, seconds, **other)]
+    machine = {"device": device, "torch": "2", "torch_threads": 2, "command": "pytest", "processor": "x"}
+    commit = {"id": "0123456789abcdef", "dirty": False}
+    return {"machine_info": machine, "commit_info": commit, "datetime": "2000-01-01T00:00:00", "benchmarks": benchmarks}
+
+
+def test_ratio_is_the_median_over_repeats_and_per_sample() -> None:
+    cases = command.read(run(0.1, [0.3, 0.4, 9.0]))
+    assert command.speedups(cases) == {f"training_step: {CASE} vs paper": pytest.approx([3, 4, 90])}
+    cases = command.read({"benchmarks": [entry("ours", 0, 0.1, 32), entry("materialised", 0, 0.1, 4)]})
+    assert command.speedups(cases)[f"training_step: {CASE} vs materialised"] == pytest.approx([8])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({"paper": [0.2, 0.24, 9.0]}, "2.40 times as fast, want 2.5"),
+        ({"ours_bytes": 70}, "peak memory 0.70"),
+        ({"ours_closeness": 0.85}, "closeness_mean 0.8500"),
+        ({"paper": [0.2], "device": "NVIDIA"}, None),
+    ],
+)
+def test_regressions_against_the_thresholds(
+    changed: dict[str, Any], message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run(**({"ours": 0.1, "paper": [0.3, 0.3, 0.3]} | changed))))
+    assert command.report(path) == (1 if message else 0)
+    printed = capsys.readouterr().out
+    assert ("REGRESSION" in printed) == bool(message)
+    assert message is None or message in printed
+
+
+def test_compare_fails_on_a_ratio_that_fell(capsys: pytest.CaptureFixture[str]) -> None:
+    old = run(0.1, [0.4])
+    assert command.compare(old, run(0.1, [0.39])) == 0
+    assert command.compare(old, run(0.1, [0.3])) == 1
+    assert "-25%  REGRESSION" in capsys.readouterr().out
