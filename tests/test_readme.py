@@ -1,5 +1,6 @@
 """The README's example runs as it is printed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ def test_example(tmp_path):
             ROOT,
         ],
         cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
