@@ -37,7 +37,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 # Looks at the test set during training take more steps for the norms than training does: an estimate from few steps
 # is too low and would certify too much.
-EVALUATION_ITERATIONS = 12
+EVALUATION_ITERATIONS = 20
 
 _STATISTICS = ("samples", "loss", "clean", "correct", "bounded", "robust", "sparsity", "certified", "lipschitz")
 
@@ -333,37 +333,43 @@ class Trainer:
             device_ids = [self.settings.device] if self.settings.device.type == "cuda" else None
             objective = DistributedDataParallel(objective, device_ids=device_ids)
         self.settings.out.mkdir(parents=True, exist_ok=True)
-        with _Signals(self.workers.started_by_torchrun) as signals, self._tensorboard() as board:
+        with (
+            _Signals(self.workers.started_by_torchrun) as signals,
+            self._tensorboard() as board,
+            tqdm(
+                total=self.recipe.epochs * self.steps,
+                initial=self.epoch * self.steps + self.step,
+                unit="step",
+                dynamic_ncols=True,
+                disable=self.workers.rank > 0 or not sys.stderr.isatty(),
+            ) as bar,
+        ):
             while self.epoch < self.recipe.epochs:
-                speed = self._train_epoch(objective, signals)
-                evaluation = self._finish_epoch(board, speed) or evaluation
+                speed = self._train_epoch(objective, signals, bar)
+                evaluation = self._finish_epoch(board, speed, terminal=not bar.disable) or evaluation
                 self.save()
                 if self.epoch < self.recipe.epochs and self.workers.any(bool(signals.number)):
                     raise Interrupted(signals.number or signal.SIGTERM, self.path)
         return evaluation
 
-    def _train_epoch(self, objective: nn.Module, signals: _Signals) -> float:
+    def _train_epoch(self, objective: nn.Module, signals: _Signals, bar: tqdm[Any]) -> float:
         """The rest of the current epoch; returns the samples per second."""
         recipe, device = self.recipe, self.settings.device
-        quiet = self.workers.rank > 0 or not sys.stderr.isatty()
-        first, started, shown = self.step, time.perf_counter(), 0.0
-        before = self.seconds
-        with tqdm(total=self.steps, initial=first, unit="step", leave=False, disable=quiet, dynamic_ncols=True) as bar:
-            bar.set_description(f"epoch {self.epoch + 1}/{recipe.epochs}")
-            for x, y in self.batches.epoch(self.epoch, first):
-                self._train_step(objective, x, y)
-                self.step += 1
-                self.seconds = before + time.perf_counter() - started
-                bar.update()
-                if not quiet and time.perf_counter() - shown > 1:  # reading the sums waits for the GPU
-                    done = (self.step - first) * recipe.batch_size
-                    bar.set_postfix_str(
-                        _line(_means(self.totals.tolist())) + f", {done / (self.seconds - before):.0f} samples/s"
-                    )
-                    shown = time.perf_counter()
-                if self.step < self.steps and self.workers.any(bool(signals.number)):
-                    self.save()
-                    raise Interrupted(signals.number or signal.SIGTERM, self.path)
+        first, before, started, shown = self.step, self.seconds, time.perf_counter(), 0.0
+        bar.set_description(f"epoch {self.epoch + 1}/{recipe.epochs}")
+        for x, y in self.batches.epoch(self.epoch, first):
+            self._train_step(objective, x, y)
+            self.step += 1
+            self.seconds = before + time.perf_counter() - started
+            bar.update()
+            if not bar.disable and time.perf_counter() - shown > 1:  # reading the sums waits for the GPU
+                done = (self.step - first) * recipe.batch_size
+                line = _line(_means(self.totals.tolist()))
+                bar.set_postfix_str(f"{line}, {done / (self.seconds - before):.0f} samples/s")
+                shown = time.perf_counter()
+            if self.step < self.steps and self.workers.any(bool(signals.number)):
+                self.save()
+                raise Interrupted(signals.number or signal.SIGTERM, self.path)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.seconds = before + time.perf_counter() - started
@@ -380,7 +386,8 @@ class Trainer:
         project_thresholds_(self.model)
         self.totals += statistics
 
-    def _finish_epoch(self, board: Any, speed: float) -> Evaluation | None:
+    def _finish_epoch(self, board: Any, speed: float, terminal: bool) -> Evaluation | None:
+        """Log the epoch and move on; a terminal, which has the bar, gets a line only with a look at the test."""
         recipe, end = self.recipe, self.epoch + (self.steps - 1) / self.steps
         means = _means(self.workers.sum(self.totals).tolist())
         self.totals.zero_()
@@ -406,8 +413,9 @@ class Trainer:
         text += f"; lr {schedule['learning_rate']:.2g}, kappa {schedule['kappa']:.2f}, {speed:.0f} samples/s"
         self.history.append(record)
         if self.workers.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            if evaluation is not None or not terminal:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
             if board is not None:
                 for name, value in record.items():
                     board.add_scalar(name.replace("test_", "test/", 1), value, self.epoch)

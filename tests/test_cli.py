@@ -43,7 +43,7 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"Certify with: locallip certify {out}" in printed
     assert list(out.glob("events.out.tfevents.*"))
 
-    assert cli.main(["certify", str(out), "--limit", "100", "--attack-steps", "10", "--device", "cpu"]) == 0
+    assert cli.main(["certify", str(out), "--limit", "100", "--attack-steps", "10", "--iterations", "10"]) == 0
     printed = capsys.readouterr().out
     assert "100 test samples of digits, l2 radius 0.25" in printed and "no proof" in " ".join(printed.split())
     assert (out / "certify.png").exists()
@@ -72,8 +72,7 @@ def test_every_number_reaches_the_recipe(tmp_path: Path) -> None:
     assert stored.to_dict() == {"preset": "digits", **given}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_to_resume(tmp_path: Path, number: signal.Signals) -> None:
+def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = tmp_path / "run"
     command = [sys.executable, "-m", "locallip_cuda", *TRAIN, "--epochs", "2000", "--out", str(out)]
@@ -81,10 +80,10 @@ def test_a_signal_leaves_a_checkpoint_to_resume(tmp_path: Path, number: signal.S
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None and "epoch 1/2000" in process.stdout.readline()
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and not errors
-    assert f"Stopped by {number.name} in epoch" in printed
+    assert process.returncode == 128 + signal.SIGINT and not errors
+    assert "Stopped by SIGINT in epoch" in printed
     again = f"Continue with: locallip {' '.join(TRAIN)} --epochs 2000 --out {out} --resume"
     assert again in printed
     position = checkpoint.load(out / train.CHECKPOINT_NAME)[1]["position"]

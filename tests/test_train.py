@@ -185,10 +185,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    numbers = recipe("digits").replace(epochs=6, evaluate_every=6)
+    numbers = recipe("digits").replace(epochs=5, evaluate_every=5)
     trainer = train.Trainer(numbers, train.Settings(out=tmp_path))
     evaluation = trainer.run()
-    assert evaluation is not None and evaluation.accuracy > 0.7 and evaluation.certified > 0.2
+    assert evaluation is not None and evaluation.accuracy > 0.8 and evaluation.certified > 0.4
     assert evaluation.certified < evaluation.accuracy
 
 
@@ -200,8 +200,12 @@ def test_same_seed_same_run(tmp_path: Path, whole: Path) -> None:
     assert not torch.equal(other.model[0].weight, first[0].weight)
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 8])
-def test_resume_is_exact(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+@pytest.mark.parametrize(
+    ("step", "number"), [(1, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGINT), (8, signal.SIGINT)]
+)
+def test_resume_is_exact(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals
+) -> None:
     """Stopped by a signal in the middle of an epoch or at its end (5 steps each), then continued."""
     done = 0
     original = train.Trainer._train_step
@@ -211,12 +215,12 @@ def test_resume_is_exact(tmp_path: Path, whole: Path, monkeypatch: pytest.Monkey
         original(*inputs)
         done += 1
         if done == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(train.Trainer, "_train_step", stop_after)
     with pytest.raises(train.Interrupted) as stop:
         _run(tmp_path)
-    assert stop.value.number == signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert stop.value.number == number and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     config = checkpoint.load(stop.value.path)[1]
     assert config["position"] == {"epoch": step // 5, "step": step % 5}
     torch.rand(3)  # another process would have used its random numbers otherwise
