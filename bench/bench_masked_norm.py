@@ -24,7 +24,7 @@ from bench import networks, paper_method
 from bench.support import DEVICE, closeness, converged_norms, interleaved, measure
 
 ITERATIONS = 4
-CHECKED = 4  # samples whose norms are compared with converged ones
+CHECKED = {2: 64, 4: 4}  # samples whose norms are compared with converged ones, by dimensions of the weight
 DENSE_BATCH = 256
 CONV_BATCH = 256 if DEVICE.type == "cuda" else 32
 SMALL_BATCH = 2
@@ -74,7 +74,8 @@ def problem(case: str) -> Problem:
         image = layer(columns.to(layer.weight.dtype))
     rows = torch.rand(image.shape, generator=generator).to(DEVICE) < float(density)
     start = torch.randn(shape, generator=generator).to(DEVICE)
-    converged = converged_norms(layer, rows[:CHECKED], columns[:CHECKED], (min(CHECKED, shape[0]), *shape[1:]))
+    checked = min(CHECKED[layer.weight.dim()], shape[0])
+    converged = converged_norms(layer, rows[:checked], columns[:checked], (checked, *shape[1:]))
     return Problem(layer, rows, columns, start, converged)
 
 
@@ -111,6 +112,9 @@ def test_masked_norm(benchmark: Any, case: str, repeat: int, variant: str) -> No
         sigma.sum().backward()
         return sigma
 
-    facts = closeness(call()[:CHECKED], p.converged)
-    assert facts["closeness_mean"] <= 1 + 1e-4
+    sigma = call()
+    checked = min(len(sigma), len(p.converged))
+    facts = closeness(sigma[:checked], p.converged[:checked])
+    if variant == "materialised":  # the reference must be what it says, or closeness means nothing
+        assert abs(facts["closeness_min"] - 1) < 1e-3 and abs(facts["closeness_mean"] - 1) < 1e-3
     measure(benchmark, call, op="masked_norm", case=case, variant=variant, repeat=repeat, samples=samples, **facts)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from bench import __main__ as command
+from bench import bench_activation_pattern, bench_margin, bench_masked_norm, bench_training_step, support
 
 CASE = "cifar10-6c2f"
 
@@ -32,6 +35,33 @@ def run(
     machine = {"device": device, "torch": "2", "torch_threads": 2, "command": "pytest", "processor": "x"}
     commit = {"id": "0123456789abcdef", "dirty": False}
     return {"machine_info": machine, "commit_info": commit, "datetime": "2000-01-01T00:00:00", "benchmarks": benchmarks}
+
+
+@pytest.fixture(autouse=True)
+def thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = f"training_step: {CASE} vs paper"
+    limits = {"cpu": {"speed": {key: 2.5}, "memory": {key: 0.6}}, "cuda": {"speed": {}, "memory": {}}}
+    path = tmp_path / "thresholds.json"
+    path.write_text(json.dumps(limits))
+    monkeypatch.setattr(command, "THRESHOLDS", path)
+
+
+def test_the_recorded_thresholds_name_variants_that_exist() -> None:
+    recorded = json.loads((Path(command.__file__).parent / "thresholds.json").read_text())
+    existing = {
+        f"{op}: {case} vs {variant}"
+        for op, cases in {
+            "activation_pattern": bench_activation_pattern.CASES,
+            "margin": bench_margin.CASES,
+            "masked_norm": bench_masked_norm.CASES,
+            "training_step": bench_training_step.CASES,
+        }.items()
+        for case, variants in cases.items()
+        for variant in variants
+        if variant != "ours"
+    }
+    for device in ("cpu", "cuda"):
+        assert recorded[device]["speed"].keys() | recorded[device]["memory"].keys() <= existing
 
 
 def test_ratio_is_the_median_over_repeats_and_per_sample() -> None:
@@ -67,3 +97,22 @@ def test_compare_fails_on_a_ratio_that_fell(capsys: pytest.CaptureFixture[str]) 
     assert command.compare(old, run(0.1, [0.39])) == 0
     assert command.compare(old, run(0.1, [0.3])) == 1
     assert "-25%  REGRESSION" in capsys.readouterr().out
+
+
+def test_converged_norms_are_those_of_the_masked_matrices() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 30)
+    rows, columns = torch.rand(6, 30) < 0.3, torch.rand(6, 40) < 0.3
+    rows[0] = False
+    columns[1], rows[1] = False, True
+    columns[1, 4] = True
+    norms = support.converged_norms(layer, rows, columns, (6, 40))
+    matrices = layer.weight.double() * rows[:, :, None] * columns[:, None, :]
+    torch.testing.assert_close(norms, torch.linalg.matrix_norm(matrices.detach(), 2))
+    convolution = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+    columns = torch.rand(4, 2, 7, 7) < 0.5
+    eye = torch.eye(98).view(98, 2, 7, 7)
+    matrix = nn.functional.conv2d(eye, convolution.weight, None, 2, 1).flatten(1).t()
+    expected = torch.linalg.matrix_norm((matrix * columns.flatten(1)[:, None, :]).detach(), 2)
+    norms = support.converged_norms(convolution, None, columns, columns.shape)
+    torch.testing.assert_close(norms, expected.double(), rtol=1e-5, atol=0)
