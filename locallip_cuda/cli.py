@@ -214,7 +214,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     eps = stored.eps if arguments.eps is None else arguments.eps
     name = models.spec(stored.preset).data
     dataset = data.load(name, arguments.data, train=False)
-    train.set_precision("fp32")
+    train.set_precision("fp32", device)
     measurement = evaluation.measure(
         model.to(device),
         dataset,

@@ -7,16 +7,17 @@ statistics and the random states of every process.
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -73,10 +74,12 @@ class Settings:
     overwrite: bool = False
 
 
-def set_precision(precision: str) -> None:
-    """Let float32 products on the GPU round to TF32, or not. ValueError for an unknown precision."""
+def set_precision(precision: str, device: torch.device) -> None:
+    """Let float32 products round to TF32, or not. ValueError for an unknown precision, and for tf32 without a GPU."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision is 'tf32' on {device}; only GPUs have it")
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
@@ -152,8 +155,12 @@ def evaluate(
     recipe: Recipe,
     precision: str = "fp32",
     workers: Workers | None = None,
-) -> Evaluation:
-    """A quick look at ``dataset`` at the recipe's radius: norms are estimates, nothing here is proved."""
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """A quick look at ``dataset`` at the recipe's radius: norms are estimates, nothing here is proved.
+
+    None when ``stop``, asked after every batch, says so.
+    """
     workers = workers or Workers()
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -165,7 +172,11 @@ def evaluate(
             correct = bounds.logits.argmax(1) == y
             certified = bounds.margin(y) > 0
         sums += torch.stack([correct.sum(), certified.sum(), bounds.lipschitz.sum()])
+        if stop():
+            break
     model.train()
+    if stop():
+        return None
     accuracy, certified_share, lipschitz = (workers.sum(sums) / len(dataset)).tolist()
     return Evaluation(accuracy, certified_share, lipschitz)
 
@@ -214,7 +225,7 @@ class Trainer:
             )
         if self.path.exists() and not (settings.resume or settings.overwrite):
             raise FileExistsError(f"{self.path} exists; resume it, overwrite it, or choose another folder")
-        set_precision(settings.precision)
+        set_precision(settings.precision, settings.device)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
 
@@ -249,19 +260,18 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint (process 0; the others help to gather). OSError when it cannot be stored."""
-        states = {"cpu": self.workers.gather(torch.get_rng_state())}
+        states = {"random/cpu": torch.get_rng_state(), "progress/totals": self.totals}
         if self.settings.device.type == "cuda":
-            states["cuda"] = self.workers.gather(torch.cuda.get_rng_state(self.settings.device))
-        totals = self.workers.sum(self.totals)
+            states["random/cuda"] = torch.cuda.get_rng_state(self.settings.device)
+        gathered = {name: self.workers.gather(state) for name, state in states.items()}
         if self.workers.rank:
             return
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimiser.state[parameter].items():
                 tensors[f"optimiser/{name}/{key}"] = value
-        for kind, parts in states.items():
-            tensors.update({f"random/{kind}/{rank}": state for rank, state in enumerate(parts)})
-        tensors["progress/totals"] = totals
+        for name, parts in gathered.items():
+            tensors.update({f"{name}/{rank}": part for rank, part in enumerate(parts)})
         config = {
             "recipe": self.recipe.to_dict(),
             "position": {"epoch": self.epoch, "step": self.step},
@@ -282,7 +292,7 @@ class Trainer:
             position, samples = config["position"], int(config["samples"])
             self.epoch, self.step = int(position["epoch"]), int(position["step"])
             self.seconds, self.history = float(config["seconds"]), list(config["history"])
-            totals = tensors["progress/totals"]
+            processes = int(config["processes"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: its configuration is not a training run's ({error})") from error
         if recipe != self.recipe:
@@ -295,10 +305,11 @@ class Trainer:
             )
         checkpoint.load_into(self.model, checkpoint.group(tensors, "model"), self.path)
         self._restore_optimiser(checkpoint.group(tensors, "optimiser"))
-        # Each process carries its own part of the sums and of the random state; what is left of the sums goes to one.
-        if self.workers.rank == 0:
-            self.totals.copy_(totals)
-        random = checkpoint.group(tensors, "random")
+        # Each process takes up its own sums and random state; those of processes that are no more count in the first.
+        totals, random = checkpoint.group(tensors, "progress/totals"), checkpoint.group(tensors, "random")
+        for rank in range(processes):
+            if rank == self.workers.rank or (rank >= self.workers.count and self.workers.rank == 0):
+                self.totals += totals[str(rank)].to(self.totals)
         rank = self.workers.rank
         if f"cpu/{rank}" in random:
             torch.set_rng_state(random[f"cpu/{rank}"])
@@ -346,11 +357,34 @@ class Trainer:
         ):
             while self.epoch < self.recipe.epochs:
                 speed = self._train_epoch(objective, signals, bar)
-                evaluation = self._finish_epoch(board, speed, terminal=not bar.disable) or evaluation
+                means = _means(self.workers.sum(self.totals).tolist())
+                if not math.isfinite(means["loss"]):
+                    raise TrainingError(
+                        f"the loss of epoch {self.epoch + 1} is {means['loss']}; try a lower learning rate"
+                    )
+                evaluation = self._look(signals)
+                self._finish_epoch(means, evaluation, speed, board, terminal=not bar.disable)
                 self.save()
-                if self.epoch < self.recipe.epochs and self.workers.any(bool(signals.number)):
-                    raise Interrupted(signals.number or signal.SIGTERM, self.path)
         return evaluation
+
+    def _stopped(self, signals: _Signals) -> bool:
+        return self.workers.any(bool(signals.number))
+
+    def _interrupt(self, signals: _Signals) -> NoReturn:
+        self.save()
+        raise Interrupted(signals.number or signal.SIGTERM, self.path)
+
+    def _look(self, signals: _Signals) -> Evaluation | None:
+        """The look at the test set that is due after this epoch, if any. Stopped in it, a run resumes with it."""
+        if (self.epoch + 1) % self.recipe.evaluate_every and self.epoch + 1 < self.recipe.epochs:
+            return None
+        precision = self.settings.precision
+        found = evaluate(
+            self.model, self.test_set, self.recipe, precision, self.workers, stop=lambda: self._stopped(signals)
+        )
+        if found is None:
+            self._interrupt(signals)
+        return found
 
     def _train_epoch(self, objective: nn.Module, signals: _Signals, bar: tqdm[Any]) -> float:
         """The rest of the current epoch; returns the samples per second."""
@@ -367,9 +401,8 @@ class Trainer:
                 line = _line(_means(self.totals.tolist()))
                 bar.set_postfix_str(f"{line}, {done / (self.seconds - before):.0f} samples/s")
                 shown = time.perf_counter()
-            if self.step < self.steps and self.workers.any(bool(signals.number)):
-                self.save()
-                raise Interrupted(signals.number or signal.SIGTERM, self.path)
+            if self._stopped(signals):
+                self._interrupt(signals)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.seconds = before + time.perf_counter() - started
@@ -386,17 +419,13 @@ class Trainer:
         project_thresholds_(self.model)
         self.totals += statistics
 
-    def _finish_epoch(self, board: Any, speed: float, terminal: bool) -> Evaluation | None:
+    def _finish_epoch(
+        self, means: dict[str, float], evaluation: Evaluation | None, speed: float, board: Any, terminal: bool
+    ) -> None:
         """Log the epoch and move on; a terminal, which has the bar, gets a line only with a look at the test."""
         recipe, end = self.recipe, self.epoch + (self.steps - 1) / self.steps
-        means = _means(self.workers.sum(self.totals).tolist())
         self.totals.zero_()
-        if means["loss"] != means["loss"] or means["loss"] in (float("inf"), float("-inf")):
-            raise TrainingError(f"the loss of epoch {self.epoch + 1} is {means['loss']}; try a lower learning rate")
         self.epoch, self.step = self.epoch + 1, 0
-        evaluation = None
-        if self.epoch % recipe.evaluate_every == 0 or self.epoch == recipe.epochs:
-            evaluation = evaluate(self.model, self.test_set, recipe, self.settings.precision, self.workers)
         schedule = {
             "kappa": recipe.kappa(end),
             "eps": recipe.radius_at(end),
@@ -418,8 +447,8 @@ class Trainer:
                 sys.stdout.flush()
             if board is not None:
                 for name, value in record.items():
-                    board.add_scalar(name.replace("test_", "test/", 1), value, self.epoch)
-        return evaluation
+                    tag = f"test/{name[5:]}" if name.startswith("test_") else f"train/{name}"
+                    board.add_scalar(tag, value, self.epoch)
 
     @contextmanager
     def _tensorboard(self) -> Iterator[Any]:

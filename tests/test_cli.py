@@ -113,6 +113,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for arguments, message in [
         (["train", "mnist-4c3f", "--out", str(tmp_path / "m")], "folder that holds its files"),
         (["train", "mnist-4c3f", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "m")], "no such folder"),
+        ([*TRAIN, "--precision", "tf32", "--out", str(tmp_path / "m")], "only GPUs have it"),
         ([*TRAIN, "--eps", "-1", "--out", str(tmp_path / "m")], "eps is -1.0"),
         ([*TRAIN, "--out", str(tmp_path / "m"), "--resume"], "no such checkpoint file"),
         ([*TRAIN, "--out", str(garbage)], "garbage"),

@@ -201,7 +201,8 @@ def test_same_seed_same_run(tmp_path: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "number"), [(1, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGINT), (8, signal.SIGINT)]
+    ("step", "number"),
+    [(1, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGINT), (8, signal.SIGINT), (10, signal.SIGINT)],
 )
 def test_resume_is_exact(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals
@@ -222,7 +223,7 @@ def test_resume_is_exact(
         _run(tmp_path)
     assert stop.value.number == number and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     config = checkpoint.load(stop.value.path)[1]
-    assert config["position"] == {"epoch": step // 5, "step": step % 5}
+    assert config["position"] == {"epoch": (step - 1) // 5, "step": (step - 1) % 5 + 1}
     torch.rand(3)  # another process would have used its random numbers otherwise
     _run(tmp_path, resume=True)
     assert done == 10
