@@ -16,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -62,14 +63,21 @@ def ratios(ours: Variant, other: Variant) -> list[float]:
     return [other.times[r] / other.samples / (ours.times[r] / ours.samples) for r in both]
 
 
+def is_ours(name: str) -> bool:
+    return name.split("-")[0] == "ours"
+
+
+def pairs(cases: Cases) -> Iterator[tuple[str, Variant, Variant]]:
+    """Every variant of ours with every baseline of the same case, and what the pair is called."""
+    for (op, case), variants in cases.items():
+        for mine in filter(is_ours, variants):
+            for name in variants:
+                if not is_ours(name):
+                    yield f"{op}: {case}: {mine} vs {name}", variants[mine], variants[name]
+
+
 def speedups(cases: Cases) -> dict[str, list[float]]:
-    return {
-        f"{op}: {case} vs {name}": ratios(variants["ours"], variant)
-        for (op, case), variants in cases.items()
-        if "ours" in variants
-        for name, variant in variants.items()
-        if name != "ours"
-    }
+    return {key: ratios(mine, baseline) for key, mine, baseline in pairs(cases)}
 
 
 def describe(run: dict[str, Any]) -> str:
@@ -84,21 +92,19 @@ def describe(run: dict[str, Any]) -> str:
 
 
 def table(cases: Cases) -> str:
-    lines = [f"{'':44} {'ms/call':>10} {'samples':>7} {'ratio':>7} {'of repeats':>13}  quality"]
+    lines = [f"{'':24} {'ms/call':>10} {'samples':>7}  times as long as ours (range over the repeats), quality"]
     for (op, case), variants in cases.items():
         lines.append(f"{op}: {case}")
         for name, variant in variants.items():
-            line = f"    {name:40} {variant.typical():10.2f} {variant.samples:7d}"
-            if name != "ours" and "ours" in variants:
-                each = ratios(variants["ours"], variant)
-                line += f" {statistics.median(each):6.2f}x {min(each):5.2f} - {max(each):5.2f}"
-            else:
-                line += " " * 22
-            facts = variant.facts
-            notes = [f"{key} {facts[key]:.4f}" for key in sorted(facts) if key != "peak_bytes"]
-            if "peak_bytes" in facts:
-                notes.append(f"peak {facts['peak_bytes'] / 2**20:.0f} MiB")
-            lines.append(f"{line}  {', '.join(notes)}".rstrip())
+            notes = []
+            for mine in filter(is_ours, variants):
+                if not is_ours(name):
+                    each = ratios(variants[mine], variant)
+                    notes.append(f"{statistics.median(each):.2f}x {mine} ({min(each):.2f} to {max(each):.2f})")
+            notes += [f"{fact} {value:.4f}" for fact, value in sorted(variant.facts.items()) if fact != "peak_bytes"]
+            if "peak_bytes" in variant.facts:
+                notes.append(f"peak {variant.facts['peak_bytes'] / 2**20:.0f} MiB")
+            lines.append(f"    {name:20} {variant.typical():10.2f} {variant.samples:7d}  {', '.join(notes)}".rstrip())
     return "\n".join(lines)
 
 
@@ -111,23 +117,16 @@ def regressions(cases: Cases, device: str) -> list[str]:
         for key, least in limits["speed"].items()
         if key in measured and statistics.median(measured[key]) < least
     ]
-    for (op, case), variants in cases.items():
-        ours = variants.get("ours", Variant()).facts
-        for name, variant in variants.items():
-            key = f"{op}: {case} vs {name}"
-            most = limits["memory"].get(key)
-            if most is not None and {"peak_bytes"} <= ours.keys() & variant.facts.keys():
-                share = ours["peak_bytes"] / variant.facts["peak_bytes"]
-                if share > most:
-                    found.append(f"{key}: peak memory {share:.2f} of the baseline's, want at most {most}")
-            if name.startswith("paper"):
-                for fact in ("closeness_mean", "lipschitz_closeness"):
-                    if {fact} <= ours.keys() & variant.facts.keys() and ours[fact] < variant.facts[
-                        fact
-                    ] - CLOSENESS_SLACK:
-                        found.append(
-                            f"{key}: {fact} {ours[fact]:.4f}, less than the baseline's {variant.facts[fact]:.4f}"
-                        )
+    for key, mine, baseline in pairs(cases):
+        ours, theirs = mine.facts, baseline.facts
+        both = ours.keys() & theirs.keys()
+        most = limits["memory"].get(key)
+        if most is not None and "peak_bytes" in both and ours["peak_bytes"] > most * theirs["peak_bytes"]:
+            share = ours["peak_bytes"] / theirs["peak_bytes"]
+            found.append(f"{key}: peak memory {share:.2f} of the baseline's, want at most {most}")
+        for fact in {"closeness_mean", "lipschitz_closeness"} & both if " vs paper" in key else set():
+            if ours[fact] < theirs[fact] - CLOSENESS_SLACK:
+                found.append(f"{key}: {fact} {ours[fact]:.4f}, less than the baseline's {theirs[fact]:.4f}")
     return found
 
 

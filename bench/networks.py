@@ -30,20 +30,25 @@ class Recipe:
     """The numbers of a recipe of the paper that a training step needs.
 
     eps_train is where the brief training here ends; eps, at which the steps are timed, is one that the ramp-up passes
-    through, chosen so that in these networks a good part of the units is constant. rounds: of the translation loop.
+    through, chosen so that in these networks a good part of the units is constant. iterations: the published recipe's.
+    fewer_iterations: with which our norms are still clearly closer to the converged ones than the published method's
+    with `iterations` steps from random starts. rounds: of the translation loop.
     """
 
     batch: int
     eps_train: float
     eps: float
     iterations: int
+    fewer_iterations: int
     loss: str
     rounds: int
 
 
 RECIPES = {
-    "mnist-4c3f": Recipe(batch=64, eps_train=0.3, eps=0.05, iterations=5, loss="gloro", rounds=10),
-    "cifar10-6c2f": Recipe(batch=32, eps_train=0.1551, eps=0.02, iterations=2, loss="bcp", rounds=1),
+    "mnist-4c3f": Recipe(batch=64, eps_train=0.3, eps=0.05, iterations=5, fewer_iterations=2, loss="gloro", rounds=10),
+    "cifar10-6c2f": Recipe(
+        batch=32, eps_train=0.1551, eps=0.02, iterations=2, fewer_iterations=1, loss="bcp", rounds=1
+    ),
 }
 
 

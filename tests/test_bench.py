@@ -39,7 +39,7 @@ def run(
 
 @pytest.fixture(autouse=True)
 def thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = f"training_step: {CASE} vs paper"
+    key = f"training_step: {CASE}: ours vs paper"
     limits = {"cpu": {"speed": {key: 2.5}, "memory": {key: 0.6}}, "cuda": {"speed": {}, "memory": {}}}
     path = tmp_path / "thresholds.json"
     path.write_text(json.dumps(limits))
@@ -49,7 +49,7 @@ def thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_recorded_thresholds_name_variants_that_exist() -> None:
     recorded = json.loads((Path(command.__file__).parent / "thresholds.json").read_text())
     existing = {
-        f"{op}: {case} vs {variant}"
+        f"{op}: {case}: {mine} vs {variant}"
         for op, cases in {
             "activation_pattern": bench_activation_pattern.CASES,
             "margin": bench_margin.CASES,
@@ -57,8 +57,9 @@ def test_the_recorded_thresholds_name_variants_that_exist() -> None:
             "training_step": bench_training_step.CASES,
         }.items()
         for case, variants in cases.items()
+        for mine in filter(command.is_ours, variants)
         for variant in variants
-        if variant != "ours"
+        if not command.is_ours(variant)
     }
     for device in ("cpu", "cuda"):
         assert recorded[device]["speed"].keys() | recorded[device]["memory"].keys() <= existing
@@ -66,9 +67,9 @@ def test_the_recorded_thresholds_name_variants_that_exist() -> None:
 
 def test_ratio_is_the_median_over_repeats_and_per_sample() -> None:
     cases = command.read(run(0.1, [0.3, 0.4, 9.0]))
-    assert command.speedups(cases) == {f"training_step: {CASE} vs paper": pytest.approx([3, 4, 90])}
+    assert command.speedups(cases) == {f"training_step: {CASE}: ours vs paper": pytest.approx([3, 4, 90])}
     cases = command.read({"benchmarks": [entry("ours", 0, 0.1, 32), entry("materialised", 0, 0.1, 4)]})
-    assert command.speedups(cases)[f"training_step: {CASE} vs materialised"] == pytest.approx([8])
+    assert command.speedups(cases)[f"training_step: {CASE}: ours vs materialised"] == pytest.approx([8])
 
 
 @pytest.mark.parametrize(
