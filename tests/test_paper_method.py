@@ -124,3 +124,16 @@ def test_gradients_flow_through_the_iterations(loss) -> None:  # type: ignore[no
             for p, d in zip(parameters, direction, strict=True):
                 p -= sign * step * d
     torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope, rtol=1e-4, atol=1e-7)
+
+
+def test_masks_remove_what_is_constant_and_nothing_else() -> None:
+    lower = torch.tensor([[-2.0, -1.0, 0.2, 0.5, 0.6]])
+    upper = torch.tensor([[-1.0, 0.0, 0.4, 0.7, 0.9]])
+    clipped = ClippedReLU((5,), 0.5)
+    assert paper_method.row_mask(nn.ReLU(), lower, upper).tolist() == [[0, 0, 1, 1, 1]]  # type: ignore[union-attr]
+    assert paper_method.row_mask(clipped, lower, upper).tolist() == [[0, 0, 1, 0, 0]]  # type: ignore[union-attr]
+    sort = ClippedMaxMin((2,), 0.5, -0.5)
+    # Bounds of the outputs: two of the max, which is constant at its upper end, two of the min, at its lower end.
+    lower, upper = torch.tensor([[0.5, 0.4, -0.5, -0.5]]), torch.tensor([[0.5, 0.5, -0.5, -0.4]])
+    assert paper_method.column_mask(sort, lower, upper).tolist() == [[0, 1, 0, 1]]  # type: ignore[union-attr]
+    assert paper_method.row_mask(sort, lower, upper) is paper_method.column_mask(nn.ReLU(), lower, upper) is None
