@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "portable.h"
@@ -15,7 +16,7 @@ namespace locallip {
 
 enum class Activation { kIdentity, kRelu, kClippedRelu, kMaxMin, kClippedMaxMin };
 
-constexpr bool is_paired(Activation a) { return a == Activation::kMaxMin || a == Activation::kClippedMaxMin; }
+LOCALLIP_INLINE constexpr bool is_paired(Activation a) { return a == Activation::kMaxMin || a == Activation::kClippedMaxMin; }
 
 // clean [batch][units]; centre, half_width [batch][units] or both null where only the ball bounds the unit;
 // squared_row_norms [batch][units] or, with row_norms_shared, [units]; radius [batch];
@@ -92,14 +93,32 @@ struct Bounds {
   T clean, lower, upper;
 };
 
+// No branch anywhere below, so that compilers make vector code of the loops over units: sums of selects, not conditional
+// sums, and no square root or division behind a comparison.
+
 template <typename T>
 LOCALLIP_INLINE T positive(T x) {
-  return x > 0 ? x : T(0);
+  return (x + std::fabs(x)) / 2;  // exact; NaN stays NaN
+}
+
+template <typename T>
+LOCALLIP_INLINE T where(bool condition, T x) {
+  return condition ? x : T(0);
+}
+
+template <typename T>
+LOCALLIP_INLINE T clip_above(T x, T upper) {
+  return x >= upper ? upper : x < upper ? x : x + upper;  // NaN in either stays NaN
+}
+
+template <typename T>
+LOCALLIP_INLINE T clip_below(T x, T lower) {
+  return x <= lower ? lower : x > lower ? x : x + lower;
 }
 
 template <typename T>
 LOCALLIP_INLINE T row_norm(T squared) {
-  return std::sqrt(positive(squared));  // a fast convolution's rounding can leave a small negative
+  return std::sqrt(std::fabs(squared));  // a fast convolution's rounding can leave a small negative
 }
 
 // Box intersected with ball, before the activation.
@@ -125,30 +144,31 @@ LOCALLIP_INLINE UnitGrad<T> intersect_backward(T clean, T radius, T squared, boo
   const T norm = row_norm(squared), reach = radius * norm;
   UnitGrad<T> out{grad.clean, 0, 0, 0, 0};
   const bool lower_box = box && centre - half_width > clean - reach, upper_box = box && centre + half_width < clean + reach;
-  const T box_low = lower_box ? grad.lower : T(0), box_high = upper_box ? grad.upper : T(0);
+  const T box_low = where(lower_box, grad.lower), box_high = where(upper_box, grad.upper);
   const T ball_low = grad.lower - box_low, ball_high = grad.upper - box_high;
   out.centre = box_low + box_high;
   out.half_width = box_high - box_low;
   out.clean += ball_low + ball_high;
   const T reach_grad = ball_high - ball_low;
   out.radius = reach_grad * norm;
-  out.squared_row_norm = norm > 0 ? reach_grad * radius / (2 * norm) : T(0);
+  // reach_grad * radius / (2 norm), and 0 where the row is empty
+  out.squared_row_norm = reach_grad * radius * norm / (2 * std::fabs(squared) + std::numeric_limits<T>::min());
   return out;
 }
 
 template <typename T>
 struct UnitResult {
   Bounds<T> out;
-  bool row, column;
+  int row, column;  // 0 or 1; not bool, which GCC makes branches of
   T slack[2];
 };
 
 template <Activation kActivation, typename T>
 LOCALLIP_INLINE T unit_value(T z, T threshold) {
   if (kActivation == Activation::kIdentity) return z;
-  const T rectified = z < 0 ? T(0) : z;  // NaN stays NaN
+  const T rectified = positive(z);
   if (kActivation == Activation::kRelu) return rectified;
-  return z >= threshold ? threshold : rectified;
+  return clip_above(rectified, threshold);
 }
 
 template <Activation kActivation, typename T>
@@ -160,8 +180,8 @@ LOCALLIP_INLINE UnitResult<T> unit_forward(Bounds<T> z, T threshold) {
   // written so that NaN bounds keep the unit: a NaN must reach the result, not hide behind a mask
   r.row = !(rectifies && z.upper <= 0) && !(clips && z.lower >= threshold);
   r.column = r.row;
-  r.slack[0] = rectifies ? positive(z.upper) : T(0);
-  r.slack[1] = clips ? positive(threshold - z.lower) : T(0);
+  r.slack[0] = where(rectifies, positive(z.upper));
+  r.slack[1] = where(clips, positive(threshold - z.lower));
   return r;
 }
 
@@ -174,8 +194,8 @@ template <Activation kActivation, typename T>
 LOCALLIP_INLINE T unit_value_backward(T z, T threshold, T grad, T& threshold_grad) {
   if (kActivation == Activation::kIdentity) return grad;
   const bool clipped = kActivation == Activation::kClippedRelu && z >= threshold;
-  if (clipped) threshold_grad += grad;
-  return !clipped && z > 0 ? grad : T(0);
+  threshold_grad += where(clipped, grad);
+  return where(!clipped & (z > 0), grad);
 }
 
 template <Activation kActivation, typename T>
@@ -183,11 +203,10 @@ LOCALLIP_INLINE Bounds<T> unit_backward(Bounds<T> z, T threshold, Bounds<T> grad
   Bounds<T> out = {unit_value_backward<kActivation>(z.clean, threshold, grad.clean, threshold_grad),
                    unit_value_backward<kActivation>(z.lower, threshold, grad.lower, threshold_grad),
                    unit_value_backward<kActivation>(z.upper, threshold, grad.upper, threshold_grad)};
-  if (kActivation != Activation::kIdentity && z.upper > 0) out.upper += slack[0];
-  if (kActivation == Activation::kClippedRelu && threshold > z.lower) {
-    out.lower -= slack[1];
-    threshold_grad += slack[1];
-  }
+  out.upper += where(kActivation != Activation::kIdentity && z.upper > 0, slack[0]);
+  const T pushed = where(kActivation == Activation::kClippedRelu && threshold > z.lower, slack[1]);
+  out.lower -= pushed;
+  threshold_grad += pushed;
   return out;
 }
 
@@ -196,7 +215,7 @@ LOCALLIP_INLINE Bounds<T> unit_backward(Bounds<T> z, T threshold, Bounds<T> grad
 template <typename T>
 struct PairResult {
   Bounds<T> largest, smallest;
-  bool row_a, row_b, column_largest, column_smallest;
+  int row_a, row_b, column_largest, column_smallest;
   T slack;
 };
 
@@ -205,28 +224,33 @@ LOCALLIP_INLINE void pair_value(T a, T b, T upper, T lower, T& largest, T& small
   largest = a >= b ? a : b;
   smallest = a >= b ? b : a;
   if (kClipped) {
-    largest = largest >= upper ? upper : largest;
-    smallest = smallest <= lower ? lower : smallest;
+    largest = clip_above(largest, upper);
+    smallest = clip_below(smallest, lower);
   }
 }
 
 template <bool kClipped, typename T>
 LOCALLIP_INLINE PairResult<T> pair_forward(Bounds<T> a, Bounds<T> b, T upper, T lower) {
   PairResult<T> r;
+  T top, bottom;  // least value of the max and greatest value of the min, before they are clipped
   pair_value<kClipped>(a.clean, b.clean, upper, lower, r.largest.clean, r.smallest.clean);
-  pair_value<kClipped>(a.lower, b.lower, upper, lower, r.largest.lower, r.smallest.lower);
-  pair_value<kClipped>(a.upper, b.upper, upper, lower, r.largest.upper, r.smallest.upper);
-  r.row_a = r.row_b = r.column_largest = r.column_smallest = true;
+  pair_value<false>(a.lower, b.lower, upper, lower, top, r.smallest.lower);
+  pair_value<false>(a.upper, b.upper, upper, lower, r.largest.upper, bottom);
+  r.largest.lower = top;
+  r.smallest.upper = bottom;
+  r.row_a = r.row_b = r.column_largest = r.column_smallest = 1;
   r.slack = 0;
   if (kClipped) {
-    const T top = a.lower >= b.lower ? a.lower : b.lower;      // least value of the max
-    const T bottom = a.upper >= b.upper ? b.upper : a.upper;   // greatest value of the min
-    r.column_largest = !(top >= upper);
-    r.column_smallest = !(bottom <= lower);
-    const bool either = r.column_largest || r.column_smallest;
-    const bool a_first = a.lower >= b.upper, b_first = b.lower >= a.upper;
-    r.row_a = a_first ? r.column_largest : b_first ? r.column_smallest : either;
-    r.row_b = a_first ? r.column_smallest : b_first ? r.column_largest : either;
+    const int large = !(top >= upper), small = !(bottom <= lower);
+    const int a_first = a.lower >= b.upper, b_first = (1 - a_first) & (b.lower >= a.upper), open = 1 - a_first - b_first;
+    r.largest.lower = clip_above(top, upper);
+    r.largest.upper = clip_above(r.largest.upper, upper);
+    r.smallest.lower = clip_below(r.smallest.lower, lower);
+    r.smallest.upper = clip_below(bottom, lower);
+    r.column_largest = large;
+    r.column_smallest = small;
+    r.row_a = (a_first & large) | (b_first & small) | (open & (large | small));
+    r.row_b = (a_first & small) | (b_first & large) | (open & (large | small));
     r.slack = positive(upper - top) + positive(bottom - lower);
   }
   return r;
@@ -236,14 +260,12 @@ template <bool kClipped, typename T>
 LOCALLIP_INLINE void pair_value_backward(T a, T b, T upper, T lower, T grad_largest, T grad_smallest, T& grad_a, T& grad_b,
                                          ThresholdGrad<T>& thresholds) {
   const bool a_first = a >= b;
-  if (kClipped && (a_first ? a : b) >= upper) {
-    thresholds.first += grad_largest;
-    grad_largest = 0;
-  }
-  if (kClipped && (a_first ? b : a) <= lower) {
-    thresholds.second += grad_smallest;
-    grad_smallest = 0;
-  }
+  const T clipped_largest = where(kClipped && (a_first ? a : b) >= upper, grad_largest);
+  const T clipped_smallest = where(kClipped && (a_first ? b : a) <= lower, grad_smallest);
+  thresholds.first += clipped_largest;
+  thresholds.second += clipped_smallest;
+  grad_largest -= clipped_largest;
+  grad_smallest -= clipped_smallest;
   grad_a = a_first ? grad_largest : grad_smallest;
   grad_b = a_first ? grad_smallest : grad_largest;
 }
@@ -259,14 +281,14 @@ LOCALLIP_INLINE void pair_backward(Bounds<T> a, Bounds<T> b, T upper, T lower, B
                                 grad_b.upper, thresholds);
   if (!kClipped) return;
   const bool top_is_a = a.lower >= b.lower, bottom_is_a = !(a.upper >= b.upper);
-  if (upper > (top_is_a ? a.lower : b.lower)) {
-    thresholds.first += slack;
-    (top_is_a ? grad_a.lower : grad_b.lower) -= slack;
-  }
-  if ((bottom_is_a ? a.upper : b.upper) > lower) {
-    thresholds.second -= slack;
-    (bottom_is_a ? grad_a.upper : grad_b.upper) += slack;
-  }
+  const T below = where(upper > (top_is_a ? a.lower : b.lower), slack);
+  const T above = where((bottom_is_a ? a.upper : b.upper) > lower, slack);
+  thresholds.first += below;
+  thresholds.second -= above;
+  grad_a.lower -= where(top_is_a, below);
+  grad_b.lower -= where(!top_is_a, below);
+  grad_a.upper += where(bottom_is_a, above);
+  grad_b.upper += where(!bottom_is_a, above);
 }
 
 }  // namespace locallip

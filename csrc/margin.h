@@ -6,7 +6,8 @@
 // bounds the gain from above for every lambda > 0; g at the lambda reached is what is returned, so that stopping early costs
 // tightness and never soundness. With t = 1 / lambda, |delta(t)|^2 = t^2 A + C, A the sum of d_i^2 over the units inside the
 // box and C the squared length of those at its faces. t <- sqrt((r^2 - C) / A) climbs from r / |d| to the solution
-// monotonically and in finitely many steps, since units only move from the inside to the faces.
+// monotonically and in finitely many steps, since units only move from the inside to the faces. The climb works on d / max |d|
+// and, with the room, on units of r: squares of small numbers would underflow and the bound with them.
 #pragma once
 
 #include <cmath>
@@ -85,10 +86,10 @@ struct MarginSums {
   T pulled;  // sum of d delta over the units at a face
 };
 
-// The next t, or the present one where the climb is over.
+// The next t of the scaled problem (r = 1), or the present one where the climb is over.
 template <typename T>
-LOCALLIP_INLINE T next_step(MarginSums<T> sums, T radius, T step) {
-  const T left = radius * radius - sums.held;
+LOCALLIP_INLINE T next_step(MarginSums<T> sums, T step) {
+  const T left = 1 - sums.held;
   if (!(sums.inside > 0) || !(left > 0)) return step;
   const T next = std::sqrt(left / sums.inside);
   return next > step * (1 + T(sizeof(T) == 4 ? 1e-6 : 1e-14)) ? next : step;
@@ -99,10 +100,10 @@ LOCALLIP_INLINE T smaller(T x, T y) {
   return y < x ? y : x;  // NaN in x stays
 }
 
-// g at lambda = 1 / t: inside units give t d^2 / 2 each, held ones d delta - delta^2 / (2 t).
+// g at lambda = 1 / t of the scaled problem: inside units give t d^2 / 2 each, held ones d delta - delta^2 / (2 t).
 template <typename T>
-LOCALLIP_INLINE T dual_value(MarginSums<T> sums, T radius, T step) {
-  return sums.pulled + step * sums.inside / 2 + (radius * radius - sums.held) / (2 * step);
+LOCALLIP_INLINE T dual_value(MarginSums<T> sums, T step) {
+  return sums.pulled + step * sums.inside / 2 + (1 - sums.held) / (2 * step);
 }
 
 }  // namespace locallip

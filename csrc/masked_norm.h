@@ -21,13 +21,13 @@ constexpr int kKept = 4;
 // Share of the pseudo-random vector in a start that the caller gave.
 constexpr double kNoise = 0.1;
 
-// Numbers in [-1, 1) from an index and a seed, the same on every device.
-LOCALLIP_INLINE double pseudo_random(uint32_t index, uint32_t seed) {
+// Numbers in [-1, 1], none of them 0 (a mask may leave one unit alone), from an index and a seed, the same on every device.
+LOCALLIP_INLINE float pseudo_random(uint32_t index, uint32_t seed) {
   uint32_t h = index * 0x9E3779B9u + seed * 0x85EBCA6Bu;
   h = (h ^ (h >> 16)) * 0x7FEB352Du;
   h = (h ^ (h >> 15)) * 0x846CA68Bu;
   h ^= h >> 16;
-  return h * (1.0 / 2147483648.0) - 1.0;
+  return static_cast<float>(static_cast<int32_t>(h | 1)) * 0x1p-31f;
 }
 
 // What becomes of a vector that lies in the span of its basis but for rounding: a left one is dropped (the operator has no

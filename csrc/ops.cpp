@@ -2,6 +2,7 @@
 // out here; the kernels below take plain pointers. Four-dimensional tensors are channels-last throughout.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -64,6 +65,12 @@ std::vector<int64_t> with_batch(int64_t batch, IntArrayRef sizes) {
 
 // ---- masked norm ---------------------------------------------------------------------------------------------------------
 
+// The norm is float32 or float64 arithmetic even where autocast or TF32 narrows the layers around it.
+struct FullPrecision {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  const at::NoTF32Guard no_tf32;
+};
+
 // One weight as the linear operator it is: dense, or a zero-padded convolution.
 struct Operator {
   Tensor weight;
@@ -97,25 +104,28 @@ struct Operator {
   }
 };
 
-// Orthonormal vectors of every sample, in [slot][sample][...] with each slot laid out as the operator wants it.
+// Orthonormal vectors of a group of samples: [slot][sample][...], each slot laid out as the operator wants it. A smaller group
+// uses the same memory with its slots closer together, as the kernels address them.
 struct Basis {
   Tensor slots;
-  bool channels_last;
+  std::vector<int64_t> sizes;
 
-  Basis(int64_t count, IntArrayRef sizes, at::TensorOptions options) : channels_last(sizes.size() == 4) {
-    std::vector<int64_t> memory = {count, sizes[0]};
-    if (channels_last)
-      memory.insert(memory.end(), {sizes[2], sizes[3], sizes[1]});
-    else
-      memory.push_back(sizes[1]);
-    slots = at::empty(memory, options);
+  Basis(int64_t count, std::vector<int64_t> group, at::TensorOptions options) : sizes(std::move(group)) {
+    slots = at::empty({count * c10::multiply_integers(sizes)}, options);
   }
 
-  Tensor at_slot(int64_t slot) const {
-    const Tensor t = slots.select(0, slot);
-    return channels_last ? t.permute({0, 3, 1, 2}) : t;
+  Tensor at_slot(int64_t slot, int64_t samples) const {
+    const int64_t length = c10::multiply_integers(sizes) / sizes[0];
+    const Tensor t = slots.narrow(0, slot * samples * length, samples * length);
+    return sizes.size() == 4 ? t.view({samples, sizes[2], sizes[3], sizes[1]}).permute({0, 3, 1, 2}) : t.view({samples, sizes[1]});
   }
 };
+
+// Samples whose vector fits in half a megabyte or so: with the handful of vectors in play, a second-level cache a core.
+int64_t samples_in_cache(int64_t length) {
+  const int64_t threads = at::get_num_threads(), fit = (int64_t{1} << 17) / std::max<int64_t>(length, 1);
+  return threads * std::max<int64_t>(1, fit);
+}
 
 std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const OptionalTensor& row_mask_in,
                                                const OptionalTensor& col_mask_in, const OptionalTensor& start_in,
@@ -124,8 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
   LOCALLIP_GUARD(weight_in);
   TORCH_CHECK(weight_in.dim() == 2 || weight_in.dim() == 4, "weight: got ", weight_in.dim(), " dimensions, want 2 or 4");
   TORCH_CHECK(iterations >= 0, "iterations: got ", iterations, ", want at least 0");
-  // the norm is float32 or float64 arithmetic even where autocast narrows the layers around it
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const FullPrecision full_precision;
   const Operator op{laid_out(weight_in.detach()), stride.vec(), padding.vec(), dilation.vec(), groups};
   const std::vector<int64_t> output_shape = op.output_sizes(input_shape);
   const OptionalTensor row_mask = laid_out(row_mask_in), col_mask = laid_out(col_mask_in), start = laid_out(start_in);
@@ -143,44 +152,57 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
   const int64_t batch = input_shape[0];
   Tensor right = empty(input_shape, options), left = empty(output_shape, options), sigma = at::empty({batch}, options);
   if (batch == 0) return {sigma, right, left};
+  // A few samples at a time on the CPU, so that their bases stay in cache from one pass to the next. Buffers are reused.
   const int64_t columns = right.numel() / batch, rows = left.numel() / batch;
+  const int64_t at_once = weight_in.is_cuda() ? batch : std::min(batch, samples_in_cache(std::max(rows, columns)));
   const int64_t window = std::min<int64_t>(iterations + 1, kWindow);
   const bool restarts = iterations + 1 > kWindow;
-  const Basis right_basis(window + restarts, input_shape, options), left_basis(window, output_shape, options);
+  const Basis right_basis(window + restarts, with_batch(at_once, input_shape), options);
+  const Basis left_basis(window, with_batch(at_once, output_shape), options);
   const auto doubles = options.dtype(at::kDouble);
-  const Tensor projected = at::zeros({batch, kWindow, kWindow}, doubles);
-  const Tensor right_rotation = at::empty({batch, kKept, kWindow}, doubles), left_rotation = at::empty_like(right_rotation);
+  const Tensor projected = at::empty({at_once, kWindow, kWindow}, doubles);
+  const Tensor right_rotation = at::empty({at_once, kKept, kWindow}, doubles), left_rotation = at::empty_like(right_rotation);
 
-  AT_DISPATCH_FLOATING_TYPES(weight_in.scalar_type(), "masked_norm", [&] {
-    auto* q = right_basis.slots.mutable_data_ptr<scalar_t>();
-    auto* p = left_basis.slots.mutable_data_ptr<scalar_t>();
-    auto* small = projected.mutable_data_ptr<double>();
-    auto* right_turn = right_rotation.mutable_data_ptr<double>();
-    auto* left_turn = left_rotation.mutable_data_ptr<double>();
-    auto* value = sigma.mutable_data_ptr<scalar_t>();
-    LOCALLIP_RUN(weight_in, start_basis, q, pointer<scalar_t>(start), start && start->size(0) > 1, bytes(col_mask), batch, columns);
-    int count = 0;
-    for (int64_t step = 0;; ++step) {
-      Tensor image = op.apply(right_basis.at_slot(count));
-      LOCALLIP_RUN(weight_in, extend_basis, p, image.mutable_data_ptr<scalar_t>(), bytes(row_mask), count, batch, rows,
-                   Breakdown::kDrop, restarts, 0u, small);
-      ++count;
-      if (step == iterations) break;
-      Tensor back = op.apply_adjoint(left_basis.at_slot(count - 1), right_basis.at_slot(0));
-      LOCALLIP_RUN(weight_in, extend_basis, q, back.mutable_data_ptr<scalar_t>(), bytes(col_mask), count, batch, columns,
-                   Breakdown::kReplace, restarts, static_cast<uint32_t>(step + 1), static_cast<double*>(nullptr));
-      if (count < kWindow) continue;
-      // thick restart: the leading Ritz vectors stay, and the direction just found follows them
-      LOCALLIP_RUN(weight_in, decompose, small, count, kKept, batch, right_turn, left_turn, value);
-      LOCALLIP_RUN(weight_in, rotate_basis, q, right_turn, count, kKept, batch, columns, q);
-      LOCALLIP_RUN(weight_in, rotate_basis, p, left_turn, count, kKept, batch, rows, p);
-      right_basis.slots.select(0, kKept).copy_(right_basis.slots.select(0, count));
-      count = kKept;
-    }
-    LOCALLIP_RUN(weight_in, decompose, small, count, 1, batch, right_turn, left_turn, value);
-    LOCALLIP_RUN(weight_in, rotate_basis, q, right_turn, count, 1, batch, columns, right.mutable_data_ptr<scalar_t>());
-    LOCALLIP_RUN(weight_in, rotate_basis, p, left_turn, count, 1, batch, rows, left.mutable_data_ptr<scalar_t>());
-  });
+  for (int64_t first = 0; first < batch; first += at_once) {
+    const int64_t samples = std::min(at_once, batch - first);
+    projected.zero_();
+    AT_DISPATCH_FLOATING_TYPES(weight_in.scalar_type(), "masked_norm", [&] {
+      auto* q = right_basis.slots.mutable_data_ptr<scalar_t>();
+      auto* p = left_basis.slots.mutable_data_ptr<scalar_t>();
+      auto* small = projected.mutable_data_ptr<double>();
+      auto* right_turn = right_rotation.mutable_data_ptr<double>();
+      auto* left_turn = left_rotation.mutable_data_ptr<double>();
+      auto* value = sigma.mutable_data_ptr<scalar_t>() + first;
+      const uint8_t* row_bytes = row_mask ? bytes(row_mask) + first * rows : nullptr;
+      const uint8_t* col_bytes = col_mask ? bytes(col_mask) + first * columns : nullptr;
+      const bool own_start = start && start->size(0) > 1;
+      const scalar_t* from = start ? pointer<scalar_t>(start) + (own_start ? first * columns : 0) : nullptr;
+      LOCALLIP_RUN(weight_in, start_basis, q, from, own_start, col_bytes, samples, columns);
+      int count = 0;
+      for (int64_t step = 0;; ++step) {
+        Tensor image = op.apply(right_basis.at_slot(count, samples));
+        LOCALLIP_RUN(weight_in, extend_basis, p, image.mutable_data_ptr<scalar_t>(), row_bytes, count, samples, rows,
+                     Breakdown::kDrop, restarts, 0u, small);
+        ++count;
+        if (step == iterations) break;
+        Tensor back = op.apply_adjoint(left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples));
+        LOCALLIP_RUN(weight_in, extend_basis, q, back.mutable_data_ptr<scalar_t>(), col_bytes, count, samples, columns,
+                     Breakdown::kReplace, restarts, static_cast<uint32_t>(step + 1), static_cast<double*>(nullptr));
+        if (count < kWindow) continue;
+        // thick restart: the leading Ritz vectors stay, and the direction just found follows them
+        LOCALLIP_RUN(weight_in, decompose, small, count, kKept, samples, right_turn, left_turn, value);
+        LOCALLIP_RUN(weight_in, rotate_basis, q, right_turn, count, kKept, samples, columns, q);
+        LOCALLIP_RUN(weight_in, rotate_basis, p, left_turn, count, kKept, samples, rows, p);
+        right_basis.at_slot(kKept, samples).copy_(right_basis.at_slot(count, samples));
+        count = kKept;
+      }
+      LOCALLIP_RUN(weight_in, decompose, small, count, 1, samples, right_turn, left_turn, value);
+      LOCALLIP_RUN(weight_in, rotate_basis, q, right_turn, count, 1, samples, columns,
+                   right.mutable_data_ptr<scalar_t>() + first * columns);
+      LOCALLIP_RUN(weight_in, rotate_basis, p, left_turn, count, 1, samples, rows,
+                   left.mutable_data_ptr<scalar_t>() + first * rows);
+    });
+  }
   // a NaN or infinite weight in a masked row or column would otherwise stay unseen
   sigma.add_(op.weight.mul(0).sum());
   return {sigma, right, left};
@@ -190,12 +212,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
 Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tensor& right, const Tensor& left, IntArrayRef stride,
                             IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   LOCALLIP_GUARD(weight);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const FullPrecision full_precision;
   const Operator op{weight, stride.vec(), padding.vec(), dilation.vec(), groups};
   if (right.size(0) == 0) return at::zeros_like(weight);
   std::vector<int64_t> shape(left.dim(), 1);
   shape[0] = -1;
-  return op.weight_gradient(laid_out(right), laid_out(left * grad.view(shape)));
+  return op.weight_gradient(laid_out(right), laid_out(left * grad.view(shape))).contiguous(weight.suggest_memory_format());
 }
 
 // ---- activation pattern --------------------------------------------------------------------------------------------------

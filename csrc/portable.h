@@ -4,7 +4,7 @@
 #ifdef __CUDACC__
 #define LOCALLIP_INLINE __host__ __device__ __forceinline__
 #else
-#define LOCALLIP_INLINE inline
+#define LOCALLIP_INLINE inline __attribute__((always_inline))
 #endif
 
 // A loop marked so is compiled for several x86-64 levels, and the loader takes the best the processor has: the package

@@ -18,7 +18,7 @@ from .norms import check_guarantee
 
 SUPPORTED = (
     "Linear, Conv2d (padding_mode='zeros'), AvgPool2d, Normalize, Flatten, Identity, Dropout in eval mode, ReLU, "
-    "ClippedReLU, MaxMin, ClippedMaxMin, LeakyReLU, ELU (alpha <= 1), Tanh, Sigmoid, Softplus, and Sequential of these"
+    "ClippedReLU, MaxMin, ClippedMaxMin, LeakyReLU, ELU (alpha <= 1), Tanh, Sigmoid, Softplus (threshold >= 20), and Sequential of these"
 )
 
 
@@ -37,6 +37,20 @@ class _Operator:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = F.linear(x, weight, bias) if self.conv is None else F.conv2d(x, weight, bias, *self.conv)
         return y.to(self.weight.dtype)  # autocast computes the product in a narrower type
+
+    def squared_row_norms(
+        self, column_mask: Tensor | None, input_shape: Sequence[int], output: Tensor, *, exact: bool
+    ) -> Tensor:
+        """``||W_i * column_mask||^2`` of every row i of ``output``: (B or 1, *output).
+
+        Not ``exact`` is the paper's: all columns, and for a convolution the whole kernel, at the padded border too.
+        """
+        squared = self.weight.square()
+        if not exact and self.conv is not None:
+            return squared.flatten(1).sum(1).view(1, -1, 1, 1).expand(1, *output.shape[1:])
+        masked = exact and column_mask is not None
+        columns = column_mask.to(squared.dtype) if masked and column_mask is not None else squared.new_ones(1, *input_shape)
+        return self(columns, squared)
 
     def norm(
         self, row_mask: Tensor | None, col_mask: Tensor | None, input_shape: Sequence[int], start: Tensor | None, iterations: int
@@ -136,7 +150,9 @@ def _step(path: str, module: nn.Module, like: Tensor) -> _Step | None:
             return _Activation("", module)
         case nn.ELU() if 0 < module.alpha <= 1:
             return _Activation("", module)
-        case nn.Tanh() | nn.Sigmoid() | nn.Softplus():
+        case nn.Tanh() | nn.Sigmoid():
+            return _Activation("", module)
+        case nn.Softplus() if module.threshold >= 20:  # below, torch's jumps down at the threshold
             return _Activation("", module)
     hint = " in training mode" if isinstance(module, (nn.Dropout, nn.Dropout2d)) else ""
     raise UnsupportedModuleError(f"model.{path}: {module}{hint} has no bound, want one of {SUPPORTED}")
@@ -152,7 +168,7 @@ class LocalBounds:
         layer_norms: (B, L-1) masked operator norm of every layer but the last, in the order of the network.
         lipschitz: (B,) their product.
         features, lower, upper: (B, h) clean input of the last layer, and a box that holds it over the ball.
-        row_masks, column_masks: one bool tensor (B, \\*output) per layer but the last: pre-activations that can still
+        row_masks, column_masks: one bool tensor (B, *output) per layer but the last: pre-activations that can still
             change the layer's output, and outputs that can vary inside the ball.
         eps: (B,) radius of the ball at the input.
         guarantee: what the norms are worth; "estimate" proves nothing.
@@ -267,18 +283,16 @@ def _propagate(
         """One layer: the pending operator (identity where there is none), then ``activation``."""
         nonlocal values, half_width, reach, column_mask, pending
         sizes = list(values.shape[1:])
-        varying = column_mask if radius == "local" or pending is None else None
-        columns = values.new_ones(1, *sizes) if varying is None else varying.to(values.dtype)
         operator = None
         if pending is None:
-            squared_row_norms = columns
+            squared_row_norms = values.new_ones(1, *sizes) if column_mask is None else column_mask.to(values.dtype)
         else:
             path, operator = pending
             pending = None
             _check_input(path, operator, values)
             values = operator(values, operator.weight, operator.bias)
             half_width = None if half_width is None else operator(half_width, operator.weight.abs())
-            squared_row_norms = operator(columns, operator.weight.square())
+            squared_row_norms = operator.squared_row_norms(column_mask, sizes, values, exact=radius == "local")
         kind = activation.kind or "identity"
         values, half_width, rows, varying_outputs, slack = ops.activation_pattern(
             values, half_width, squared_row_norms, reach, kind, activation.first, activation.second
@@ -293,6 +307,8 @@ def _propagate(
             else:
                 with torch.no_grad():
                     start = operator.norm(None, None, shape, None, START_ITERATIONS)[1]
+            if radius == "global" and activation.kind == "clipped_maxmin":
+                rows = torch.ones_like(rows)  # the paper removes none
             norm = operator.norm(rows, column_mask, [batch, *sizes], start, iterations)[0]
             if norm.device.type == "cpu" and bool(norm.isnan().any()):
                 raise ValueError(f"model.{path}: got NaN or infinite weights, want finite ones")
@@ -375,7 +391,7 @@ def local_bounds(
 
     Args:
         model: Sequential of supported modules that ends in Linear.
-        x: (B, \*input), float32 or float64 as the model's weights. B = 0 gives empty bounds.
+        x: (B, *input), float32 or float64 as the model's weights. B = 0 gives empty bounds.
         eps: radius of the ball, a number or (B,), >= 0.
         radius: "local" takes each layer's masked norm into the radius at once; "global" is the paper's: the radius
             grows by global norms on the way, and the masked norms enter only in the final product. "local" is never

@@ -37,7 +37,7 @@ def certify(
     guarantee: str = "probabilistic",
     failure_probability: float = 1e-9,
 ) -> Certificate:
-    """Certify the predictions of ``model`` on ``x`` (B, \\*input) against l2 perturbations up to ``eps``, a number or (B,).
+    """Certify the predictions of ``model`` on ``x`` (B, *input) against l2 perturbations up to ``eps``, a number or (B,).
 
     Only ``guarantee="estimate"`` exists yet: it says what the bounds suggest and proves nothing, because the norms in it
     are Rayleigh quotients. Errors as :func:`locallip_cuda.local_bounds`.

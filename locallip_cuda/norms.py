@@ -40,7 +40,7 @@ def check_guarantee(guarantee: str, failure_probability: float) -> None:
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
     if len(pair) != 2 or any(not isinstance(p, int) or isinstance(p, bool) or p < least for p in pair):
         raise ValueError(f"{name}: got {value!r}, want an integer >= {least} or a pair of them")
     return pair
@@ -136,9 +136,9 @@ def masked_norm(
         input_size: (Cin, H, W); needed for a convolution without ``col_mask``.
         stride, padding, dilation, groups: of the convolution, as in :func:`torch.nn.functional.conv2d`.
         iterations: how many times A^T A enters the Krylov space; each costs one application of W and one of W^T.
-        start: right vectors to start from, (\\*input) or (B, \\*input); a small fixed pseudo-random vector is always
+        start: right vectors to start from, (*input) or (B, *input); a small fixed pseudo-random vector is always
             added, so that no start is without a component on the top singular vector. None starts pseudo-randomly.
-        return_vectors: also return the unit right and left singular vectors u (B, \\*input), v (B, \\*output).
+        return_vectors: also return the unit right and left singular vectors u (B, *input), v (B, *output).
 
     Returns:
         sigma (B,) in weight's dtype, B = 1 where both masks are None. Differentiable in ``weight``:
@@ -164,6 +164,8 @@ def masked_norm(
         if input_size is None:
             if col_mask is None:
                 raise ValueError("input_size: got None, want (Cin, H, W) for a convolution without col_mask")
+            if not isinstance(col_mask, Tensor):
+                raise TypeError(f"col_mask: got {type(col_mask).__name__}, want a bool torch.Tensor or None")
             input_size = list(col_mask.shape[1:])
         input_shape = list(input_size)
         if len(input_shape) != 3 or input_shape[0] != channels or min(input_shape) < 1:

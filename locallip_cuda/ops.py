@@ -31,7 +31,7 @@ def masked_norm(
     groups: int,
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sigma (B,), right ``input_shape``, left (B, \\*output)) of ``diag(row) W diag(col)``; only sigma has a gradient.
+    """(sigma (B,), right ``input_shape``, left (B, *output)) of ``diag(row) W diag(col)``; only sigma has a gradient.
 
     ``input_shape`` is (B, n) or (B, Cin, H, W); masks are bool of the full shapes, or None for all True; ``start`` is
     None or of ``input_shape``, or with a batch of one. See :func:`locallip_cuda.masked_norm`.
@@ -58,16 +58,16 @@ def activation_pattern(
     surviving row's norm is at most the masked operator norm, so the intersection with it is never tighter than this one.
 
     Args:
-        values: clean pre-activations (B, \\*shape), followed by the box centres where there is a box: (2B, \\*shape).
-        half_width: (B, \\*shape), or None where only the ball bounds the units.
-        squared_row_norms: (B, \\*shape), or (1, \\*shape) for all samples.
+        values: clean pre-activations (B, *shape), followed by the box centres where there is a box: (2B, *shape).
+        half_width: (B, *shape), or None where only the ball bounds the units.
+        squared_row_norms: (B, *shape), or (1, *shape) for all samples.
         radius: (B,) of the ball at the layer's input.
         activation: "identity", "relu", "clipped_relu", "maxmin" or "clipped_maxmin".
-        first, second: (1, \\*shape) threshold of clipped_relu; upper and lower of clipped_maxmin, half the channels.
+        first, second: (1, *shape) threshold of clipped_relu; upper and lower of clipped_maxmin, half the channels.
 
     Returns:
-        values (2B, \\*shape): clean outputs, then the centres of their box; half_width (B, \\*shape); row_mask and
-        col_mask, bool (B, \\*shape); slack (B, 2): the means over the units of the two sparsity terms, relu(ub) and
+        values (2B, *shape): clean outputs, then the centres of their box; half_width (B, *shape); row_mask and
+        col_mask, bool (B, *shape); slack (B, 2): the means over the units of the two sparsity terms, relu(ub) and
         relu(threshold - lb); for clipped_maxmin relu(upper - lb_max) + relu(ub_min - lower) and 0.
         Differentiable in all floating-point inputs; where box and ball tie, the gradient goes to the ball.
     """

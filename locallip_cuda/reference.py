@@ -43,14 +43,14 @@ def apply_adjoint(
 
 
 def pseudo_random(shape: Sequence[int], seed: int, like: Tensor) -> Tensor:
-    """Numbers in [-1, 1) that depend on ``seed`` and the channels-last index alone, so every device draws the same."""
+    """Numbers in [-1, 1], none of them 0, that depend on ``seed`` and the channels-last index alone, so every device draws the same."""
     last = [shape[0], *shape[2:], shape[1]] if len(shape) == 4 else list(shape)
     low32 = 0xFFFFFFFF
     h = (torch.arange(math.prod(shape), device=like.device) * 0x9E3779B9 + seed * 0x85EBCA6B) & low32
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = ((h ^ (h >> shift)) * factor) & low32
-    h = h ^ (h >> 16)
-    x = (h.to(torch.float64) / 2**31 - 1).to(like.dtype).view(last)
+    h = (h ^ (h >> 16)) | 1
+    x = (((h ^ 2**31) - 2**31).to(torch.float32) / 2**31).to(like.dtype).view(last)
     return x.movedim(-1, 1) if len(shape) == 4 else x
 
 
@@ -69,7 +69,7 @@ def masked_norm(
     """Largest singular value of ``diag(row) W diag(col)`` on a Krylov space of A^T A with ``iterations + 1`` dimensions.
 
     The space is orthonormalised twice and never restarted, and the singular value of its image is LAPACK's.
-    Returns (sigma (B,), right ``input_shape``, left (B, \\*output)), the vectors without a gradient.
+    Returns (sigma (B,), right ``input_shape``, left (B, *output)), the vectors without a gradient.
     """
     conv = (stride, padding, dilation, groups)
 

@@ -22,185 +22,201 @@ Rows rows_of(int64_t chunk, int64_t outer, int64_t inner) {
   return {chunk * rows, std::min(outer, (chunk + 1) * rows), 0, inner};
 }
 
+// What a loop over units (or pairs) of one sample reads and writes: pointers to its first unit. Loops take copies, because the
+// byte-wide mask stores could otherwise change the pointers for all that the compiler knows.
 template <typename T>
-LOCALLIP_INLINE T at_or_zero(const T* x, int64_t i) {
-  return x ? x[i] : T(0);
+struct InputRow {
+  const T *clean, *centre, *half_width, *squared_row_norms, *first, *second;
+  T radius;
+  int64_t inner;  // from the first unit of a pair to its second
+
+  InputRow(const ActivationInput<T>& in, int64_t b, int64_t o, bool paired)
+      : first(in.first + o * in.inner), second(in.second + o * in.inner), radius(in.radius[b]), inner(in.inner) {
+    const int64_t width = paired ? 2 * in.inner : in.inner, at = (b * in.outer + o) * width;
+    clean = in.clean + at;
+    centre = in.centre + at;
+    half_width = in.half_width + at;
+    squared_row_norms = in.squared_row_norms + (in.row_norms_shared ? o * width : at);
+  }
+};
+
+template <typename T>
+struct OutputRow {
+  T *clean, *centre, *half_width;
+  uint8_t *row_mask, *col_mask;
+};
+
+template <typename T>
+struct GradRow {
+  const T *clean, *centre, *half_width;
+  T slack0, slack1;
+  T *to_clean, *to_centre, *to_half_width;
+  T *to_squared, *to_first, *to_second;  // added to, as samples may share them
+};
+
+template <bool kBox, typename T>
+LOCALLIP_INLINE Bounds<T> bounds_at(const InputRow<T>& in, int64_t i) {
+  return intersect<T>(in.clean[i], in.radius * row_norm(in.squared_row_norms[i]), kBox, kBox ? in.centre[i] : T(0),
+                      kBox ? in.half_width[i] : T(0));
+}
+
+template <typename T>
+LOCALLIP_INLINE void store(const OutputRow<T>& out, int64_t i, Bounds<T> value, int row, int column) {
+  out.clean[i] = value.clean;
+  out.centre[i] = (value.lower + value.upper) / 2;
+  out.half_width[i] = (value.upper - value.lower) / 2;
+  out.row_mask[i] = row;
+  out.col_mask[i] = column;
 }
 
 template <Activation kActivation, bool kBox, typename T>
-LOCALLIP_MULTIVERSION void forward_units(const ActivationInput<T>& in, const ActivationOutput<T>& out, int64_t b) {
-  const int64_t n = in.inner, at = b * n;
-  const T *clean = in.clean + at, *centre = in.centre + at, *half_width = in.half_width + at;
-  const T* squared = in.squared_row_norms + (in.row_norms_shared ? 0 : at);
-  const T *first = in.first, radius = in.radius[b];
-  T *out_clean = out.clean + at, *out_centre = out.centre + at, *out_half = out.half_width + at;
-  uint8_t *row = out.row_mask + at, *col = out.col_mask + at;
-  double slack0 = 0, slack1 = 0;
-#pragma omp simd reduction(+ : slack0, slack1)
-  for (int64_t i = 0; i < n; ++i) {
-    const Bounds<T> z = intersect<T>(clean[i], radius * row_norm(squared[i]), kBox, kBox ? centre[i] : T(0),
-                                     kBox ? half_width[i] : T(0));
-    const auto r = unit_forward<kActivation, T>(z, kActivation == Activation::kClippedRelu ? first[i] : T(0));
-    out_clean[i] = r.out.clean;
-    out_centre[i] = (r.out.lower + r.out.upper) / 2;
-    out_half[i] = (r.out.upper - r.out.lower) / 2;
-    row[i] = r.row;
-    col[i] = r.column;
-    slack0 += r.slack[0];
-    slack1 += r.slack[1];
+LOCALLIP_INLINE void forward_at(const InputRow<T>& in, const OutputRow<T>& out, int64_t i, T* slack0, T* slack1) {
+  constexpr bool kClipped = kActivation == Activation::kClippedMaxMin;
+  const Bounds<T> a = bounds_at<kBox>(in, i);
+  if constexpr (is_paired(kActivation)) {
+    const int64_t j = i + in.inner;
+    const auto r =
+        pair_forward<kClipped, T>(a, bounds_at<kBox>(in, j), kClipped ? in.first[i] : T(0), kClipped ? in.second[i] : T(0));
+    store(out, i, r.largest, r.row_a, r.column_largest);
+    store(out, j, r.smallest, r.row_b, r.column_smallest);
+    *slack0 = r.slack;
+    *slack1 = 0;
+  } else {
+    const auto r = unit_forward<kActivation, T>(a, kActivation == Activation::kClippedRelu ? in.first[i] : T(0));
+    store(out, i, r.out, r.row, r.column);
+    *slack0 = r.slack[0];
+    *slack1 = r.slack[1];
   }
-  out.slack[2 * b] = static_cast<T>(slack0);
-  out.slack[2 * b + 1] = static_cast<T>(slack1);
-}
-
-template <bool kClipped, bool kBox, typename T>
-LOCALLIP_MULTIVERSION void forward_pairs(const ActivationInput<T>& in, const ActivationOutput<T>& out, int64_t b) {
-  const int64_t n = in.inner, radius_at = b;
-  double slack = 0;
-  for (int64_t o = 0; o < in.outer; ++o) {
-    const int64_t at = (b * in.outer + o) * 2 * n, shared_at = in.row_norms_shared ? o * 2 * n : at;
-    const T *clean = in.clean + at, *centre = in.centre + at, *half_width = in.half_width + at;
-    const T *squared = in.squared_row_norms + shared_at, radius = in.radius[radius_at];
-    const T *first = in.first + o * n, *second = in.second + o * n;
-    T *out_clean = out.clean + at, *out_centre = out.centre + at, *out_half = out.half_width + at;
-    uint8_t *row = out.row_mask + at, *col = out.col_mask + at;
-#pragma omp simd reduction(+ : slack)
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t j = i + n;
-      const Bounds<T> a = intersect<T>(clean[i], radius * row_norm(squared[i]), kBox, kBox ? centre[i] : T(0),
-                                       kBox ? half_width[i] : T(0));
-      const Bounds<T> c = intersect<T>(clean[j], radius * row_norm(squared[j]), kBox, kBox ? centre[j] : T(0),
-                                       kBox ? half_width[j] : T(0));
-      const auto r = pair_forward<kClipped, T>(a, c, kClipped ? first[i] : T(0), kClipped ? second[i] : T(0));
-      out_clean[i] = r.largest.clean;
-      out_clean[j] = r.smallest.clean;
-      out_centre[i] = (r.largest.lower + r.largest.upper) / 2;
-      out_centre[j] = (r.smallest.lower + r.smallest.upper) / 2;
-      out_half[i] = (r.largest.upper - r.largest.lower) / 2;
-      out_half[j] = (r.smallest.upper - r.smallest.lower) / 2;
-      row[i] = r.row_a;
-      row[j] = r.row_b;
-      col[i] = r.column_largest;
-      col[j] = r.column_smallest;
-      slack += r.slack;
-    }
-  }
-  out.slack[2 * b] = static_cast<T>(slack);
-  out.slack[2 * b + 1] = 0;
 }
 
 // Gradients of lower' = centre - half and upper' = centre + half from those of centre and half.
 template <typename T>
-LOCALLIP_INLINE Bounds<T> bounds_grad(const ActivationOutputGrad<T>& grad, int64_t i) {
+LOCALLIP_INLINE Bounds<T> grad_at(const GradRow<T>& grad, int64_t i) {
   return {grad.clean[i], (grad.centre[i] - grad.half_width[i]) / 2, (grad.centre[i] + grad.half_width[i]) / 2};
 }
 
-template <Activation kActivation, bool kBox, typename T>
-LOCALLIP_MULTIVERSION void backward_units(const ActivationInput<T>& in, const ActivationOutputGrad<T>& grad,
-                                          const ActivationInputGrad<T>& out, int64_t b, int64_t begin, int64_t end,
-                                          T* radius_grad) {
-  const int64_t at = b * in.inner;
-  const T *clean = in.clean + at, *centre = in.centre + at, *half_width = in.half_width + at;
-  const T* squared = in.squared_row_norms + (in.row_norms_shared ? 0 : at);
-  const T *first = in.first, radius = in.radius[b], slack[2] = {grad.slack[2 * b], grad.slack[2 * b + 1]};
-  const ActivationOutputGrad<T> own = {grad.clean + at, grad.centre + at, grad.half_width + at, nullptr};
-  T *out_clean = out.clean + at, *out_centre = out.centre + at, *out_half = out.half_width + at;
-  T* out_squared = out.squared_row_norms + (in.row_norms_shared ? 0 : at);
-  T* out_first = out.first;
-  const bool add = in.row_norms_shared && b > 0, add_first = b > 0;
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = begin; i < end; ++i) {
-    const T middle = kBox ? centre[i] : T(0), half = kBox ? half_width[i] : T(0);
-    const Bounds<T> z = intersect<T>(clean[i], radius * row_norm(squared[i]), kBox, middle, half);
-    T threshold_grad = 0;
-    const Bounds<T> grad_z = unit_backward<kActivation, T>(z, kActivation == Activation::kClippedRelu ? first[i] : T(0),
-                                                           bounds_grad(own, i), slack, threshold_grad);
-    const auto g = intersect_backward<T>(clean[i], radius, squared[i], kBox, middle, half, grad_z);
-    out_clean[i] = g.clean;
-    if (kBox) {
-      out_centre[i] = g.centre;
-      out_half[i] = g.half_width;
-    }
-    out_squared[i] = add ? out_squared[i] + g.squared_row_norm : g.squared_row_norm;
-    if (kActivation == Activation::kClippedRelu) out_first[i] = add_first ? out_first[i] + threshold_grad : threshold_grad;
-    total += g.radius;
+template <bool kBox, typename T>
+LOCALLIP_INLINE T store_grad(const InputRow<T>& in, const GradRow<T>& grad, int64_t i, Bounds<T> value) {
+  const auto g = intersect_backward<T>(in.clean[i], in.radius, in.squared_row_norms[i], kBox, kBox ? in.centre[i] : T(0),
+                                       kBox ? in.half_width[i] : T(0), value);
+  grad.to_clean[i] = g.clean;
+  if (kBox) {
+    grad.to_centre[i] = g.centre;
+    grad.to_half_width[i] = g.half_width;
   }
-  *radius_grad += static_cast<T>(total);
+  grad.to_squared[i] += g.squared_row_norm;
+  return g.radius;
 }
 
-template <bool kClipped, bool kBox, typename T>
-LOCALLIP_MULTIVERSION void backward_pairs(const ActivationInput<T>& in, const ActivationOutputGrad<T>& grad,
-                                          const ActivationInputGrad<T>& out, int64_t b, int64_t o, int64_t begin, int64_t end,
-                                          T* radius_grad) {
-  const int64_t n = in.inner, at = (b * in.outer + o) * 2 * n, shared_at = in.row_norms_shared ? o * 2 * n : at;
-  const T *clean = in.clean + at, *centre = in.centre + at, *half_width = in.half_width + at;
-  const T *squared = in.squared_row_norms + shared_at, radius = in.radius[b], slack = grad.slack[2 * b];
-  const T *first = in.first + o * n, *second = in.second + o * n;
-  const ActivationOutputGrad<T> own = {grad.clean + at, grad.centre + at, grad.half_width + at, nullptr};
-  T *out_clean = out.clean + at, *out_centre = out.centre + at, *out_half = out.half_width + at;
-  T *out_squared = out.squared_row_norms + shared_at, *out_first = out.first + o * n, *out_second = out.second + o * n;
-  const bool add = in.row_norms_shared && b > 0, add_threshold = b > 0;
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t j = i + n;
-    const T middle_a = kBox ? centre[i] : T(0), half_a = kBox ? half_width[i] : T(0);
-    const T middle_b = kBox ? centre[j] : T(0), half_b = kBox ? half_width[j] : T(0);
-    const Bounds<T> a = intersect<T>(clean[i], radius * row_norm(squared[i]), kBox, middle_a, half_a);
-    const Bounds<T> c = intersect<T>(clean[j], radius * row_norm(squared[j]), kBox, middle_b, half_b);
+template <Activation kActivation, bool kBox, typename T>
+LOCALLIP_INLINE void backward_at(const InputRow<T>& in, const GradRow<T>& grad, int64_t i, T* radius_grad) {
+  constexpr bool kClipped = kActivation == Activation::kClippedMaxMin;
+  const Bounds<T> a = bounds_at<kBox>(in, i);
+  ThresholdGrad<T> thresholds = {0, 0};
+  if constexpr (is_paired(kActivation)) {
+    const int64_t j = i + in.inner;
     Bounds<T> grad_a, grad_b;
-    ThresholdGrad<T> thresholds = {0, 0};
-    pair_backward<kClipped, T>(a, c, kClipped ? first[i] : T(0), kClipped ? second[i] : T(0), bounds_grad(own, i),
-                               bounds_grad(own, j), slack, grad_a, grad_b, thresholds);
-    const auto ga = intersect_backward<T>(clean[i], radius, squared[i], kBox, middle_a, half_a, grad_a);
-    const auto gb = intersect_backward<T>(clean[j], radius, squared[j], kBox, middle_b, half_b, grad_b);
-    out_clean[i] = ga.clean;
-    out_clean[j] = gb.clean;
-    if (kBox) {
-      out_centre[i] = ga.centre;
-      out_centre[j] = gb.centre;
-      out_half[i] = ga.half_width;
-      out_half[j] = gb.half_width;
-    }
-    out_squared[i] = add ? out_squared[i] + ga.squared_row_norm : ga.squared_row_norm;
-    out_squared[j] = add ? out_squared[j] + gb.squared_row_norm : gb.squared_row_norm;
-    if (kClipped) {
-      out_first[i] = add_threshold ? out_first[i] + thresholds.first : thresholds.first;
-      out_second[i] = add_threshold ? out_second[i] + thresholds.second : thresholds.second;
-    }
-    total += ga.radius + gb.radius;
+    pair_backward<kClipped, T>(a, bounds_at<kBox>(in, j), kClipped ? in.first[i] : T(0), kClipped ? in.second[i] : T(0),
+                               grad_at(grad, i), grad_at(grad, j), grad.slack0, grad_a, grad_b, thresholds);
+    *radius_grad = store_grad<kBox>(in, grad, i, grad_a) + store_grad<kBox>(in, grad, j, grad_b);
+  } else {
+    const T slack[2] = {grad.slack0, grad.slack1};
+    const Bounds<T> grad_a = unit_backward<kActivation, T>(a, kActivation == Activation::kClippedRelu ? in.first[i] : T(0),
+                                                           grad_at(grad, i), slack, thresholds.first);
+    *radius_grad = store_grad<kBox>(in, grad, i, grad_a);
   }
-  *radius_grad += static_cast<T>(total);
+  if (kClipped || kActivation == Activation::kClippedRelu) grad.to_first[i] += thresholds.first;
+  if (kClipped) grad.to_second[i] += thresholds.second;
+}
+
+// Terms of a sum are stored by the vector loop and added up by a second one: a sum in the first would keep compilers from
+// making vector code of it.
+constexpr int64_t kTerms = 256;
+
+template <typename T>
+LOCALLIP_INLINE T sum(const T* terms, int64_t n) {
+  T total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += terms[i];
+  return total;
+}
+
+template <Activation kActivation, bool kBox, typename T>
+LOCALLIP_MULTIVERSION void forward_row(const InputRow<T>& in_row, const OutputRow<T>& out_row, int64_t n, T* slack) {
+  const InputRow<T> in = in_row;
+  const OutputRow<T> out = out_row;
+  T terms[2][kTerms];
+  for (int64_t begin = 0; begin < n; begin += kTerms) {
+    const int64_t end = begin + kTerms < n ? begin + kTerms : n;
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i)
+      forward_at<kActivation, kBox>(in, out, i, terms[0] + (i - begin), terms[1] + (i - begin));
+    slack[0] += sum(terms[0], end - begin);
+    slack[1] += sum(terms[1], end - begin);
+  }
+}
+
+template <Activation kActivation, bool kBox, typename T>
+LOCALLIP_MULTIVERSION void backward_row(const InputRow<T>& in_row, const GradRow<T>& grad_row, int64_t first, int64_t last,
+                                        T* radius_grad) {
+  const InputRow<T> in = in_row;
+  const GradRow<T> grad = grad_row;
+  T terms[kTerms];
+  for (int64_t begin = first; begin < last; begin += kTerms) {
+    const int64_t end = begin + kTerms < last ? begin + kTerms : last;
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) backward_at<kActivation, kBox>(in, grad, i, terms + (i - begin));
+    *radius_grad += sum(terms, end - begin);
+  }
 }
 
 template <Activation kActivation, bool kBox, typename T>
 void run_forward(const ActivationInput<T>& in, const ActivationOutput<T>& out) {
+  const int64_t width = is_paired(kActivation) ? 2 * in.inner : in.inner;
   at::parallel_for(0, in.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      if constexpr (is_paired(kActivation))
-        forward_pairs<kActivation == Activation::kClippedMaxMin, kBox>(in, out, b);
-      else
-        forward_units<kActivation, kBox>(in, out, b);
+      T slack[2] = {0, 0};
+      for (int64_t o = 0; o < in.outer; ++o) {
+        const int64_t at = (b * in.outer + o) * width;
+        const OutputRow<T> to = {out.clean + at, out.centre + at, out.half_width + at, out.row_mask + at, out.col_mask + at};
+        forward_row<kActivation, kBox>(InputRow<T>(in, b, o, is_paired(kActivation)), to, in.inner, slack);
+      }
+      out.slack[2 * b] = slack[0];
+      out.slack[2 * b + 1] = slack[1];
     }
   });
 }
 
 template <Activation kActivation, bool kBox, typename T>
 void run_backward(const ActivationInput<T>& in, const ActivationOutputGrad<T>& grad, const ActivationInputGrad<T>& out) {
+  const int64_t width = is_paired(kActivation) ? 2 * in.inner : in.inner;
   at::parallel_for(0, activation_pattern_chunks(in.outer, in.inner, true), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const Rows rows = rows_of(chunk, in.outer, in.inner);
       for (int64_t b = 0; b < in.batch; ++b) {
-        T* radius_grad = out.radius + chunk * in.batch + b;
-        *radius_grad = 0;
+        T radius_grad = 0;
         for (int64_t o = rows.outer_begin; o < rows.outer_end; ++o) {
-          if constexpr (is_paired(kActivation))
-            backward_pairs<kActivation == Activation::kClippedMaxMin, kBox>(in, grad, out, b, o, rows.inner_begin,
-                                                                           rows.inner_end, radius_grad);
-          else
-            backward_units<kActivation, kBox>(in, grad, out, b, rows.inner_begin, rows.inner_end, radius_grad);
+          const int64_t at = (b * in.outer + o) * width;
+          const GradRow<T> row = {grad.clean + at,
+                                  grad.centre + at,
+                                  grad.half_width + at,
+                                  grad.slack[2 * b],
+                                  grad.slack[2 * b + 1],
+                                  out.clean + at,
+                                  out.centre + at,
+                                  out.half_width + at,
+                                  out.squared_row_norms + (in.row_norms_shared ? o * width : at),
+                                  out.first + o * in.inner,
+                                  out.second + o * in.inner};
+          const int64_t count = rows.inner_end - rows.inner_begin;
+          if (b == 0 || !in.row_norms_shared)
+            for (int64_t k = 0; k < width; k += in.inner) std::fill_n(row.to_squared + rows.inner_begin + k, count, T(0));
+          if (b == 0 && out.first) std::fill_n(row.to_first + rows.inner_begin, count, T(0));
+          if (b == 0 && out.second) std::fill_n(row.to_second + rows.inner_begin, count, T(0));
+          backward_row<kActivation, kBox>(InputRow<T>(in, b, o, is_paired(kActivation)), row, rows.inner_begin, rows.inner_end,
+                                          &radius_grad);
         }
+        out.radius[chunk * in.batch + b] = radius_grad;
       }
     }
   });

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -24,42 +25,53 @@ LOCALLIP_MULTIVERSION MarginSums<T> sums_at(const T* direction, const T* low, co
   return {inside, held, pulled};
 }
 
+// Room of every unit in multiples of `unit`.
 template <typename T>
-void room(const MarginInput<T>& in, int64_t b, T* low, T* high) {
+void room(const MarginInput<T>& in, int64_t b, T unit, T* low, T* high) {
   for (int64_t i = 0; i < in.width; ++i) {
     const int64_t at = b * in.width + i;
     const Room<T> r = room_of(in.features[at], in.lower[at], in.upper[at]);
-    low[i] = r.low;
-    high[i] = r.high;
+    low[i] = r.low / unit;
+    high[i] = r.high / unit;
   }
 }
 
+// direction = (other - own) / its largest magnitude, which is returned.
 template <typename T>
-LOCALLIP_MULTIVERSION void direction_of(const T* own, const T* other, T* direction, int64_t width) {
+LOCALLIP_MULTIVERSION T direction_of(const T* own, const T* other, T* direction, int64_t width) {
+  T largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < width; ++i) {
+    direction[i] = other[i] - own[i];
+    largest = std::max(largest, std::fabs(direction[i]));
+  }
+  const T unit = largest > 0 ? largest : T(1);
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) direction[i] = other[i] - own[i];
+  for (int64_t i = 0; i < width; ++i) direction[i] /= unit;
+  return unit;
 }
 
+// The scaled problem: largest |direction| 1, radius 1.
 template <typename T>
-void solve(const T* direction, const T* low, const T* high, T radius, int64_t width, T* gain, T* step) {
+void solve(const T* direction, const T* low, const T* high, int64_t width, T* gain, T* step) {
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
   const MarginSums<T> box = sums_at(direction, low, high, kInfinity, width);
   *gain = box.pulled;
   *step = kInfinity;
-  if (box.held <= radius * radius) return;  // the far corner of the box lies in the ball
+  if (box.held <= 1) return;  // the far corner of the box lies in the ball
   T square = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t i = 0; i < width; ++i) square += direction[i] * direction[i];
-  T t = radius / std::sqrt(square);
+  T t = 1 / std::sqrt(square);
   MarginSums<T> sums = sums_at(direction, low, high, t, width);
   for (int k = 0; k < kMarginSteps; ++k) {
-    const T next = next_step(sums, radius, t);
+    const T next = next_step(sums, t);
     if (!(next > t)) break;
     t = next;
     sums = sums_at(direction, low, high, t, width);
   }
   *step = t;
-  *gain = t == 0 ? T(0) : smaller(dual_value(sums, radius, t), box.pulled);
+  *gain = smaller(dual_value(sums, t), box.pulled);
 }
 
 // delta of one pair into `delta`; adds weighted gradients of the room and the radius.
@@ -101,13 +113,17 @@ void margin(const MarginInput<scalar_t>& in, scalar_t* gain, scalar_t* step) {
   at::parallel_for(0, in.batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<scalar_t> low(in.width), high(in.width), direction(in.width);
     for (int64_t b = begin; b < end; ++b) {
-      room(in, b, low.data(), high.data());
+      const scalar_t radius = in.radius[b];
+      room(in, b, radius, low.data(), high.data());
       for (int64_t j = 0; j < in.classes; ++j) {
         const int64_t at = b * in.classes + j;
         gain[at] = step[at] = 0;
-        if (j == in.labels[b]) continue;
-        direction_of(in.weight + in.labels[b] * in.width, in.weight + j * in.width, direction.data(), in.width);
-        solve(direction.data(), low.data(), high.data(), in.radius[b], in.width, gain + at, step + at);
+        if (j == in.labels[b] || radius == 0) continue;
+        const scalar_t unit =
+            direction_of(in.weight + in.labels[b] * in.width, in.weight + j * in.width, direction.data(), in.width);
+        solve(direction.data(), low.data(), high.data(), in.width, gain + at, step + at);
+        gain[at] *= unit * radius;
+        step[at] *= radius / unit;
       }
     }
   });
@@ -119,7 +135,7 @@ void margin_backward(const MarginInput<scalar_t>& in, const MarginGrad<scalar_t>
   at::parallel_for(0, in.batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<scalar_t> low(width), high(width), delta(width);
     for (int64_t b = begin; b < end; ++b) {
-      room(in, b, low.data(), high.data());
+      room(in, b, scalar_t(1), low.data(), high.data());
       scalar_t *grad_low = grad.lower + b * width, *grad_high = grad.upper + b * width, *moved = grad.moved + b * width;
       std::fill_n(grad_low, width, scalar_t(0));
       std::fill_n(grad_high, width, scalar_t(0));
@@ -155,7 +171,7 @@ void margin_backward(const MarginInput<scalar_t>& in, const MarginGrad<scalar_t>
         }
         const scalar_t g = grad.grad_gain[b * in.classes + j], t = grad.step[b * in.classes + j];
         if (g == 0 || t == 0) continue;
-        room(in, b, low.data(), high.data());
+        room(in, b, scalar_t(1), low.data(), high.data());
         displacement(in.weight + in.labels[b] * width, in.weight + j * width, low.data(), high.data(), t, delta.data(), width);
         add_scaled(out, delta.data(), g, width);
       }

@@ -44,9 +44,19 @@ LOCALLIP_MULTIVERSION void scale(scalar_t* out, const scalar_t* x, double factor
 }
 
 template <typename scalar_t>
-void randomise(scalar_t* x, const uint8_t* mask, int64_t first, uint32_t seed, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    x[i] = mask && !mask[i] ? scalar_t(0) : static_cast<scalar_t>(pseudo_random(static_cast<uint32_t>(first + i), seed));
+LOCALLIP_MULTIVERSION void randomise(scalar_t* x, const uint8_t* mask, uint32_t first, uint32_t seed, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] = pseudo_random(first + static_cast<uint32_t>(i), seed);
+  if (mask) apply_mask(x, mask, n);
+}
+
+template <typename scalar_t>
+LOCALLIP_MULTIVERSION double masked_square(const scalar_t* x, const uint8_t* mask, int64_t n) {
+  if (!mask) return dot(x, x, n);
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += mask[i] ? static_cast<double>(x[i]) * static_cast<double>(x[i]) : 0.0;
+  return sum;
 }
 
 // x -= its part in the basis; coefficients (if not null) gain it. Returns |x|^2 before, and stores |x|^2 after.
@@ -79,17 +89,14 @@ void start_basis(scalar_t* basis, const scalar_t* start, bool start_per_sample, 
     for (int64_t b = begin; b < end; ++b) {
       scalar_t* x = basis + b * length;
       const uint8_t* own_mask = mask ? mask + b * length : nullptr;
-      randomise(x, own_mask, b * length, 0, length);
-      const double random_norm = std::sqrt(dot(x, x, length));
+      randomise(x, own_mask, static_cast<uint32_t>(b * length), 0, length);
       if (start) {
         const scalar_t* given = start + (start_per_sample ? b * length : 0);
-        double norm = 0;
-        for (int64_t i = 0; i < length; ++i)
-          if (!own_mask || own_mask[i]) norm += static_cast<double>(given[i]) * static_cast<double>(given[i]);
-        if (norm > 0) {
-          const double share = kNoise / random_norm, factor = 1 / std::sqrt(norm);
-          for (int64_t i = 0; i < length; ++i)
-            x[i] = !own_mask || own_mask[i] ? static_cast<scalar_t>(given[i] * factor + x[i] * share) : scalar_t(0);
+        const double square = masked_square(given, own_mask, length);
+        if (square > 0) {
+          scale(x, x, kNoise * std::sqrt(square / dot(x, x, length)), length);
+          subtract(x, given, scalar_t(-1), length);
+          if (own_mask) apply_mask(x, own_mask, length);
         }
       }
       const double norm = dot(x, x, length);
@@ -117,7 +124,7 @@ void extend_basis(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int co
         norm = 0;
         after = 0;
         if (breakdown == Breakdown::kReplace) {
-          randomise(x, own_mask, b * length, seed, length);
+          randomise(x, own_mask, static_cast<uint32_t>(b * length), seed, length);
           const double drawn = orthogonalise(x, own, slot_stride, count, length, nullptr, &after);
           orthogonalise(x, own, slot_stride, count, length, nullptr, &after);
           if (after <= noise * noise * drawn) after = 0;  // nothing left outside the span

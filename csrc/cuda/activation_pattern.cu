@@ -21,7 +21,7 @@ __device__ Bounds<T> load_bounds(const ActivationInput<T>& in, int64_t at, int64
 }
 
 template <typename T>
-__device__ void store(const ActivationOutput<T>& out, int64_t at, Bounds<T> value, bool row, bool column) {
+__device__ void store(const ActivationOutput<T>& out, int64_t at, Bounds<T> value, int row, int column) {
   out.clean[at] = value.clean;
   out.centre[at] = (value.lower + value.upper) / 2;
   out.half_width[at] = (value.upper - value.lower) / 2;

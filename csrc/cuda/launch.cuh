@@ -31,4 +31,16 @@ __device__ T block_sum(T value, T* scratch) {
   return total;
 }
 
+// Largest of a block's values, as block_sum.
+template <typename T>
+__device__ T block_max(T value, T* scratch) {
+  for (int offset = 16; offset > 0; offset /= 2) value = fmax(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  T largest = scratch[0];
+  for (int warp = 1; warp < kThreads / 32; ++warp) largest = fmax(largest, scratch[warp]);
+  return largest;
+}
+
 }  // namespace locallip::cuda

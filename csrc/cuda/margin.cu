@@ -25,12 +25,14 @@ struct Pair {  // what the kernels need of one (sample, class) pair
   __device__ Room<T> room(int64_t i) const { return room_of(features[i], lower[i], upper[i]); }
 };
 
+// Sums of the scaled problem: directions in multiples of `unit`, room in multiples of the radius.
 template <typename T>
-__device__ MarginSums<T> sums_at(const Pair<T>& pair, T step, T* scratch) {
+__device__ MarginSums<T> sums_at(const Pair<T>& pair, T unit, T radius, T step, T* scratch) {
   MarginSums<T> sums = {0, 0, 0};
   for (int64_t i = threadIdx.x; i < pair.width; i += kThreads) {
-    const T direction = pair.direction(i);
-    const auto d = displace<T>(direction, pair.room(i), step);
+    const T direction = pair.direction(i) / unit;
+    const Room<T> room = pair.room(i);
+    const auto d = displace<T>(direction, {room.low / radius, room.high / radius}, step);
     sums.inside += d.at_face ? T(0) : direction * direction;
     sums.held += d.at_face ? d.delta * d.delta : T(0);
     sums.pulled += d.at_face ? direction * d.delta : T(0);
@@ -42,28 +44,35 @@ template <typename T>
 __global__ void forward_kernel(MarginInput<T> in, T* gain, T* step) {
   __shared__ T scratch[kThreads / 32];
   const int64_t b = blockIdx.x / in.classes, j = blockIdx.x % in.classes, label = in.labels[b];
+  const T radius = in.radius[b];
   T value = 0, t = 0;
   if (label < 0 || label >= in.classes) {
     value = T(NAN);  // the host does not look at labels on a device
-  } else if (j != label) {
+  } else if (j != label && radius != 0) {
     const Pair<T> pair(in, b, j);
-    const T radius = in.radius[b];
+    T largest = 0;
+    for (int64_t i = threadIdx.x; i < pair.width; i += kThreads) largest = fmax(largest, fabs(pair.direction(i)));
+    largest = block_max(largest, scratch);
+    const T unit = largest > 0 ? largest : T(1);
     t = T(INFINITY);
-    const MarginSums<T> box = sums_at(pair, t, scratch);
+    const MarginSums<T> box = sums_at(pair, unit, radius, t, scratch);
     value = box.pulled;
-    if (!(box.held <= radius * radius)) {  // else the far corner of the box lies in the ball
+    if (!(box.held <= 1)) {  // else the far corner of the box lies in the ball
       T square = 0;
-      for (int64_t i = threadIdx.x; i < pair.width; i += kThreads) square += pair.direction(i) * pair.direction(i);
-      t = radius / sqrt(block_sum(square, scratch));
-      MarginSums<T> sums = sums_at(pair, t, scratch);
+      for (int64_t i = threadIdx.x; i < pair.width; i += kThreads)
+        square += (pair.direction(i) / unit) * (pair.direction(i) / unit);
+      t = 1 / sqrt(block_sum(square, scratch));
+      MarginSums<T> sums = sums_at(pair, unit, radius, t, scratch);
       for (int k = 0; k < kMarginSteps; ++k) {
-        const T next = next_step(sums, radius, t);
+        const T next = next_step(sums, t);
         if (!(next > t)) break;
         t = next;
-        sums = sums_at(pair, t, scratch);
+        sums = sums_at(pair, unit, radius, t, scratch);
       }
-      value = t == 0 ? T(0) : smaller(dual_value(sums, radius, t), box.pulled);
+      value = smaller(dual_value(sums, t), box.pulled);
     }
+    value *= unit * radius;
+    t *= radius / unit;
   }
   if (threadIdx.x == 0) {
     gain[blockIdx.x] = value;

@@ -20,7 +20,7 @@ __device__ double square_sum(const scalar_t* x, int64_t n, double* scratch) {
 template <typename scalar_t>
 __device__ void randomise(scalar_t* x, const uint8_t* mask, int64_t first, uint32_t seed, int64_t n) {
   for (int64_t i = threadIdx.x; i < n; i += kThreads)
-    x[i] = mask && !mask[i] ? scalar_t(0) : static_cast<scalar_t>(pseudo_random(static_cast<uint32_t>(first + i), seed));
+    x[i] = mask && !mask[i] ? scalar_t(0) : scalar_t(pseudo_random(static_cast<uint32_t>(first + i), seed));
 }
 
 template <typename scalar_t>
