@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin
+from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ACTIVATIONS = ["relu", "clipped-relu", "maxmin", "clipped-maxmin"]
@@ -71,3 +71,53 @@ def small_network(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) 
         nn.Linear(16, 5),
     ]  # fmt: skip
     return nn.Sequential(*layers).to(dtype)
+
+
+def zoo() -> dict[str, tuple[nn.Sequential, tuple[int, ...]]]:
+    """Untrained float64 networks that between them hold every supported module, with the shape of one input."""
+    torch.manual_seed(7)
+    networks: dict[str, tuple[list[nn.Module], tuple[int, ...]]] = {
+        f"convolutional, {name}": (list(small_network(name)), (2, 6, 6)) for name in ACTIVATIONS
+    }
+    for name in ACTIVATIONS:
+        layers = [
+            nn.Linear(6, 20),
+            activation(name, (20,)),
+            nn.Linear(20, 14),
+            activation(name, (14,)),
+            nn.Linear(14, 4),
+        ]
+        networks[f"dense, {name}"] = (layers, (6,))
+    for module in (nn.LeakyReLU(0.2), nn.ELU(0.7), nn.Tanh(), nn.Sigmoid(), nn.Softplus(beta=2)):
+        layers = [nn.Linear(6, 12), module, nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)]
+        networks[f"dense, {type(module).__name__}"] = (layers, (6,))
+    pooled = [
+        Normalize([0.4, 0.5], [0.2, 0.3]), nn.Conv2d(2, 4, 3, padding="same", dilation=2, groups=2, bias=False),
+        ClippedReLU((4, 7, 6), 0.6), nn.AvgPool2d(3, stride=2, padding=1), nn.Conv2d(4, 3, (2, 1), stride=(1, 2)),
+        nn.ReLU(), nn.AvgPool2d((1, 2), count_include_pad=True, divisor_override=3), nn.Flatten(), nn.Linear(9, 4),
+    ]  # fmt: skip
+    networks["normalised, pooled, grouped"] = (pooled, (2, 7, 6))
+    inner = nn.Sequential(nn.Identity(), nn.Linear(18, 10), nn.Sequential(MaxMin(), nn.Dropout(0.5), nn.Linear(10, 8)))
+    nested = [nn.Dropout2d(0.3), nn.Flatten(), Normalize([0.1] * 18, [0.5] * 18), inner, nn.ReLU(), nn.Linear(8, 3)]
+    networks["nested"] = (nested, (2, 3, 3))
+    networks["linear alone"] = ([nn.Linear(5, 3)], (5,))
+    networks["linear twice"] = ([nn.Linear(5, 6), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)], (5,))
+    networks["activation first"] = ([nn.Tanh(), ClippedReLU(5, 0.5), nn.Linear(5, 4), nn.Linear(4, 3)], (5,))
+    twice = [
+        nn.Linear(5, 8),
+        nn.ReLU(),
+        MaxMin(),
+        nn.Linear(8, 6),
+        ClippedMaxMin(3, 0.2, -0.1),
+        nn.ReLU(),
+        nn.Linear(6, 3),
+    ]
+    networks["activations in a row"] = (twice, (5,))
+    return {name: (nn.Sequential(*layers).double().eval(), shape) for name, (layers, shape) in networks.items()}
+
+
+ZOO = zoo()
+
+
+def zoo_input(name: str, batch: int, device: str = "cpu", seed: int = 0) -> Tensor:
+    return torch.rand(batch, *ZOO[name][1], generator=generator(seed), dtype=torch.float64).to(device)

@@ -1,0 +1,612 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+from helpers import ACTIVATIONS, DEVICES, ZOO, generator, small_network, zoo_input
+from torch import Tensor, nn
+
+import locallip_cuda as ll
+from locallip_cuda.bounds import UnsupportedModuleError
+from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
+
+every_device = pytest.mark.parametrize("device", DEVICES)
+both_radii = pytest.mark.parametrize("radius", ["local", "global"])
+Radius = Literal["local", "global"]
+CONVERGED = 100
+
+
+# ---- a plain twin of local_bounds ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Plain:
+    logits: Tensor
+    features: Tensor
+    lower: Tensor
+    upper: Tensor
+    radius: Tensor
+    layer_norms: list[Tensor]
+    global_norms: list[Tensor]
+    row_masks: list[Tensor]
+    column_masks: list[Tensor]
+    sparsity: Tensor
+
+
+def as_matrix(module: nn.Module, shape: torch.Size) -> tuple[Tensor, Tensor, torch.Size]:
+    """(matrix, bias, output shape) of an affine module, by applying it to zero and to the unit vectors."""
+    units = torch.eye(shape.numel(), dtype=torch.float64).view(-1, *shape)
+    offset = module(torch.zeros(1, *shape, dtype=torch.float64))
+    return (module(units) - offset).flatten(1).T, offset.flatten(), offset.shape[1:]
+
+
+def flat_leaves(model: nn.Sequential) -> list[nn.Module]:
+    return [leaf for m in model for leaf in (flat_leaves(m) if isinstance(m, nn.Sequential) else [m])]
+
+
+def masks_of(module: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns that stay, by DESIGN's words; lower, upper (B, *shape)."""
+    stays = torch.ones_like(lower, dtype=torch.bool)
+    if isinstance(module, nn.ReLU):
+        stays = upper > 0
+    elif isinstance(module, ClippedReLU):
+        stays = (upper > 0) & (lower < module.threshold)
+    elif isinstance(module, ClippedMaxMin):
+        (la, lb), (ua, ub) = lower.chunk(2, 1), upper.chunk(2, 1)
+        top = torch.maximum(la, lb) < module.upper
+        bottom = torch.minimum(ua, ub) > module.lower
+        row_a, row_b = top | bottom, top | bottom
+        row_a = torch.where(la >= ub, top, torch.where(lb >= ua, bottom, row_a))
+        row_b = torch.where(la >= ub, bottom, torch.where(lb >= ua, top, row_b))
+        return torch.cat([row_a, row_b], 1), torch.cat([top, bottom], 1)
+    return stays, stays
+
+
+def sparsity_of(module: nn.Module, lower: Tensor, upper: Tensor, weight: float) -> Tensor:
+    if isinstance(module, nn.ReLU):
+        return upper.relu().mean()
+    if isinstance(module, ClippedReLU):
+        return upper.relu().mean() + weight * (module.threshold - lower).relu().mean()
+    if isinstance(module, ClippedMaxMin):
+        (la, lb), (ua, ub) = lower.chunk(2, 1), upper.chunk(2, 1)
+        top, bottom = torch.maximum(la, lb), torch.minimum(ua, ub)
+        return (module.upper - top).relu().mean() + (bottom - module.lower).relu().mean()
+    return torch.zeros((), dtype=torch.float64)
+
+
+@torch.no_grad()
+def plain_bounds(model: nn.Sequential, x: Tensor, eps: float, weight: float = 0.1) -> Plain:
+    """radius="local" with every operator a matrix and every norm from singular values, step by step."""
+    leaves = flat_leaves(model)
+    batch = len(x)
+    mu, lower, upper = x, x - eps, x + eps
+    radius = torch.full((batch,), eps, dtype=torch.float64)
+    columns = torch.ones_like(x, dtype=torch.bool)
+    out = Plain(x, x, x, x, radius, [], [], [], [], torch.zeros((), dtype=torch.float64))
+    pending: nn.Module | None = None
+
+    def advance(activation: nn.Module) -> None:
+        nonlocal mu, lower, upper, radius, columns, pending
+        dense = None
+        if pending is None:
+            reach = radius.unsqueeze(1) * columns.flatten(1)
+            centre, half = ((upper + lower) / 2).flatten(1), ((upper - lower) / 2).flatten(1)
+            flat, shape = mu.flatten(1), mu.shape[1:]
+        else:
+            dense, bias, shape = as_matrix(pending, mu.shape[1:])
+            reach = radius.unsqueeze(1) * (columns.flatten(1).double() @ dense.square().T).sqrt()
+            centre = ((upper + lower) / 2).flatten(1) @ dense.T + bias
+            half = ((upper - lower) / 2).flatten(1) @ dense.abs().T
+            flat = mu.flatten(1) @ dense.T + bias
+        low = torch.maximum(centre - half, flat - reach).view(-1, *shape)
+        high = torch.minimum(centre + half, flat + reach).view(-1, *shape)
+        rows, new_columns = masks_of(activation, low, high)
+        mu = activation(flat.view(-1, *shape))
+        if dense is not None:
+            masked = dense * rows.flatten(1).unsqueeze(2) * columns.flatten(1).unsqueeze(1)
+            norm = torch.linalg.matrix_norm(masked, 2)
+            radius = radius * norm
+            out.layer_norms.append(norm)
+            out.global_norms.append(torch.linalg.matrix_norm(dense, 2))
+            out.row_masks.append(rows)
+            out.column_masks.append(new_columns)
+            out.sparsity += sparsity_of(activation, low, high, weight)
+        # intersected with the ball behind the activation, which local_bounds claims to be never tighter
+        ball = radius.view(-1, *[1] * (mu.dim() - 1))
+        lower, upper = torch.maximum(activation(low), mu - ball), torch.minimum(activation(high), mu + ball)
+        columns, pending = new_columns, None
+
+    for module in leaves[:-1]:
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.AvgPool2d | Normalize):
+            if pending is not None:
+                advance(nn.Identity())
+            pending = module
+        elif isinstance(module, nn.Flatten):
+            if pending is not None:
+                advance(nn.Identity())
+            mu, lower, upper, columns = (t.flatten(1) for t in (mu, lower, upper, columns))
+        elif not isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d):
+            advance(module)
+    if pending is not None:
+        advance(nn.Identity())
+    out.features, out.lower, out.upper, out.radius, out.logits = mu, lower, upper, radius, leaves[-1](mu)
+    return out
+
+
+@every_device
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("eps", [0.05, 0.4])
+def test_equals_the_plain_twin(name: str, eps: float, device: str) -> None:
+    model, x = ZOO[name][0], zoo_input(name, 5)
+    expected = plain_bounds(model, x, eps)
+    b = ll.local_bounds(copy.deepcopy(model).to(device), x.to(device), eps, iterations=CONVERGED)
+    for field in ("logits", "features", "lower", "upper", "radius"):
+        torch.testing.assert_close(getattr(b, field).cpu(), getattr(expected, field), rtol=1e-8, atol=1e-9)
+    assert b.layer_norms.shape == (5, len(expected.layer_norms))
+    for k, norm in enumerate(expected.layer_norms):
+        torch.testing.assert_close(b.layer_norms[:, k].cpu(), norm, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(b.lipschitz.cpu(), b.layer_norms.cpu().prod(1))
+    torch.testing.assert_close(b.radius, b.lipschitz * eps)
+    product = torch.stack([*expected.global_norms, torch.ones((), dtype=torch.float64)]).prod()
+    torch.testing.assert_close(b.global_lipschitz.cpu(), product, rtol=1e-6, atol=0)
+    assert len(b.row_masks) == len(expected.row_masks) and len(b.column_masks) == len(expected.column_masks)
+    for mine, theirs in zip(
+        [*b.row_masks, *b.column_masks], [*expected.row_masks, *expected.column_masks], strict=True
+    ):
+        assert mine.dtype == torch.bool and torch.equal(mine.cpu(), theirs)
+    torch.testing.assert_close(b.sparsity_loss.cpu(), expected.sparsity, rtol=1e-8, atol=1e-10)
+
+
+def test_the_twin_is_tried_where_masks_bite() -> None:
+    for name in ("convolutional, relu", "convolutional, clipped-relu", "convolutional, clipped-maxmin"):
+        b = ll.local_bounds(ZOO[name][0], zoo_input(name, 5), 0.05)
+        shares = [m.double().mean().item() for m in b.column_masks]
+        assert min(shares) < 0.9 and max(shares) > 0.1, (name, shares)
+        rows = [m.double().mean().item() for m in b.row_masks]
+        assert min(rows) < 0.95, (name, rows)
+
+
+# ---- by hand -------------------------------------------------------------------------------------------------------
+
+
+def hand_network() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    with torch.no_grad():
+        for layer, rows in ((model[0], [[1.0, 0.0], [0.0, 2.0]]), (model[2], [[1.0, 1.0], [-1.0, 0.0]])):
+            layer.weight.copy_(torch.tensor(rows))  # type: ignore[union-attr, operator]
+            layer.bias.zero_()  # type: ignore[union-attr, operator]
+    return model
+
+
+@every_device
+@both_radii
+def test_by_hand(radius: Radius, device: str) -> None:
+    """z = (1, -2) within 0.5 times the rows' norms (1, 2): the second unit is off; norms 1 with masks and 2 without."""
+    x = torch.tensor([[1.0, -1.0]], dtype=torch.float64, device=device)
+    y = torch.tensor([0], device=device)
+    b = ll.local_bounds(hand_network().to(device), x, 0.5, radius=radius)
+    assert b.row_masks[0].tolist() == b.column_masks[0].tolist() == [[True, False]]
+    for value, expected in (
+        (b.logits, [[1, -1]]), (b.radius, [0.5]), (b.lipschitz, [1]), (b.layer_norms, [[1]]), (b.features, [[1, 0]]),
+        (b.lower, [[0.5, 0]]), (b.upper, [[1.5, 0]]), (b.worst_logits(y), [[1, 0]]), (b.margin(y), [1]),
+        (b.margin(), [1]),
+        (b.worst_logits(1 - y), [[2, -1]]), (b.margin(1 - y), [-3]), (b.sparsity_loss, 0.75), (b.global_lipschitz, 2),
+    ):  # fmt: skip
+        torch.testing.assert_close(value.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+# ---- properties ----------------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@both_radii
+def test_shapes_dtypes_and_order(activation: str, dtype: torch.dtype, radius: Radius, device: str) -> None:
+    model = small_network(activation, dtype=dtype).to(device)
+    x = torch.rand(3, 2, 6, 6, generator=generator(0)).to(device, dtype)
+    y = torch.tensor([0, 4, 2], device=device)
+    b = ll.local_bounds(model, x, 0.1, radius=radius)
+    shapes = {
+        "logits": (3, 5), "radius": (3,), "lipschitz": (3,), "global_lipschitz": (), "layer_norms": (3, 3),
+        "features": (3, 16), "lower": (3, 16), "upper": (3, 16), "sparsity_loss": (), "eps": (3,),
+    }  # fmt: skip
+    for field, shape in shapes.items():
+        value = getattr(b, field)
+        assert value.shape == shape and value.dtype == dtype and value.device == x.device, field
+    assert b.worst_logits(y).shape == (3, 5) and b.margin(y).shape == (3,) and b.margin().dtype == dtype
+    torch.testing.assert_close(b.logits, model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(b.features, model[:-1](x), rtol=1e-4, atol=1e-5)
+    pre = [(3, 4, 6, 6), (3, 6, 3, 3), (3, 16)]
+    assert [tuple(m.shape) for m in b.row_masks] == pre and [tuple(m.shape) for m in b.column_masks] == pre
+    assert all(m.dtype == torch.bool for m in [*b.row_masks, *b.column_masks])
+    slack = 1e-5 if dtype == torch.float32 else 1e-12
+    assert (b.lower <= b.features + slack).all() and (b.features <= b.upper + slack).all()
+    assert b.guarantee == "estimate"
+
+
+@every_device
+@pytest.mark.parametrize("name", ZOO)
+def test_local_is_never_above_global(name: str, device: str) -> None:
+    model, x = copy.deepcopy(ZOO[name][0]).to(device), zoo_input(name, 8, device)
+    for eps in (0.01, 0.1, 1.0):
+        local, world = (ll.local_bounds(model, x, eps, radius=r, iterations=CONVERGED) for r in ("local", "global"))
+        assert (local.radius <= world.radius * (1 + 1e-7)).all()
+        assert (world.lipschitz <= world.global_lipschitz * (1 + 1e-7)).all()
+        assert (local.lower >= world.lower - 1e-9).all() and (local.upper <= world.upper + 1e-9).all()
+        assert (local.margin() >= world.margin() - 1e-9).all()
+        for mine, theirs in zip(local.column_masks, world.column_masks, strict=True):
+            assert (theirs | ~mine).all()
+
+
+@both_radii
+@pytest.mark.parametrize(
+    "name", ["convolutional, clipped-relu", "dense, clipped-maxmin", "normalised, pooled, grouped"]
+)
+def test_one_eps_per_sample_equals_separate_calls(name: str, radius: Radius) -> None:
+    model, x = ZOO[name][0], zoo_input(name, 4)
+    eps = torch.tensor([0.0, 0.03, 0.2, 1.0], dtype=torch.float64)
+    together = ll.local_bounds(model, x, eps, radius=radius, iterations=CONVERGED)
+    y = torch.tensor([0, 1, 2, 1])
+    for i in range(4):
+        alone = ll.local_bounds(model, x[i : i + 1], float(eps[i]), radius=radius, iterations=CONVERGED)
+        for field in ("logits", "radius", "lipschitz", "layer_norms", "features", "lower", "upper"):
+            got = getattr(together, field)[i : i + 1]
+            torch.testing.assert_close(got, getattr(alone, field), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            together.worst_logits(y)[i], alone.worst_logits(y[i : i + 1])[0], rtol=1e-7, atol=1e-9
+        )
+
+
+def test_eps_as_tensor_of_any_kind() -> None:
+    model, x = ZOO["dense, relu"][0], zoo_input("dense, relu", 2)
+    expected = ll.local_bounds(model, x, 1.0)
+    for eps in (1, torch.tensor(1), torch.tensor(1.0), torch.ones(2), torch.ones(2, dtype=torch.int64)):
+        torch.testing.assert_close(ll.local_bounds(model, x, eps).radius, expected.radius)
+
+
+@every_device
+@both_radii
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_eps_zero_is_a_point(activation: str, radius: Radius, device: str) -> None:
+    model, x = small_network(activation).to(device), torch.rand(3, 2, 6, 6, dtype=torch.float64, device=device)
+    y = torch.tensor([0, 1, 2], device=device)
+    b = ll.local_bounds(model, x, 0.0, radius=radius)
+    assert (b.radius == 0).all()
+    torch.testing.assert_close(b.lower, b.features, rtol=0, atol=1e-12)
+    torch.testing.assert_close(b.upper, b.features, rtol=0, atol=1e-12)
+    torch.testing.assert_close(b.worst_logits(y), b.logits, rtol=0, atol=1e-12)
+    loss = ll.losses.robust_cross_entropy(b, y) + ll.losses.sparsity(b)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(model.parameters())))
+
+
+@every_device
+@both_radii
+@pytest.mark.parametrize("name", ZOO)
+def test_empty_batch(name: str, radius: Radius, device: str) -> None:
+    model, x = copy.deepcopy(ZOO[name][0]).to(device), zoo_input(name, 0, device)
+    b = ll.local_bounds(model, x, 0.1, radius=radius)
+    classes, width = model[-1].weight.shape
+    y = torch.zeros(0, dtype=torch.int64, device=device)
+    assert b.logits.shape == b.worst_logits(y).shape == (0, classes)
+    assert b.radius.shape == b.lipschitz.shape == b.margin().shape == (0,)
+    assert b.lower.shape == b.upper.shape == b.features.shape == (0, width)
+    assert b.layer_norms.shape == (0, len(b.row_masks)) and b.sparsity_loss == 0
+    (b.radius.sum() + b.worst_logits(y).sum() + b.sparsity_loss).backward()
+
+
+def test_frozen_units_leave_a_zero_norm() -> None:
+    """All units of a layer off: radius 0 behind it, and margins that are the clean ones."""
+    model = small_network("relu")
+    with torch.no_grad():
+        model[2].bias.fill_(-1e3)
+    x = torch.rand(3, 2, 6, 6, dtype=torch.float64)
+    b = ll.local_bounds(model, x, 0.2)
+    assert (b.radius == 0).all() and not b.column_masks[1].any()
+    assert torch.equal(b.lower, b.upper)
+    torch.testing.assert_close(b.worst_logits(torch.tensor([0, 1, 2])), b.logits)
+    (b.radius.sum() + b.margin().sum()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_layouts_do_not_matter() -> None:
+    model, x = small_network("clipped-relu"), torch.rand(3, 2, 6, 6, dtype=torch.float64)
+    expected = ll.local_bounds(model, x, 0.1)
+    for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        b = ll.local_bounds(model.to(memory_format=torch.channels_last), other, 0.1)
+        for field in ("logits", "radius", "lower", "upper"):
+            torch.testing.assert_close(getattr(b, field), getattr(expected, field), rtol=1e-10, atol=1e-12)
+
+
+def test_modules_and_parameters_are_left_alone() -> None:
+    model, x = small_network("clipped-relu"), torch.rand(2, 2, 6, 6, dtype=torch.float64)
+    state = copy.deepcopy(model.state_dict())
+    ll.local_bounds(model, x, 0.1).margin().sum().backward()
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+
+
+@every_device
+@pytest.mark.parametrize("where", ["input", "weight", "bias", "threshold"])
+def test_nan_is_never_certified(where: str, device: str) -> None:
+    model, x = small_network("clipped-relu").to(device), torch.rand(2, 2, 6, 6, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        if where == "input":
+            x[0, 0, 3, 3] = math.nan
+        elif where == "weight":
+            model[2].weight[0] = math.nan
+        elif where == "bias":
+            model[2].bias[0] = math.nan
+        else:
+            model[3].threshold[0, 0, 1, 1] = math.nan
+    if where == "weight" and device == "cpu":
+        with pytest.raises(ValueError, match=r"model.2: got NaN or infinite weights"):
+            ll.local_bounds(model, x, 0.05)
+        return
+    b = ll.local_bounds(model, x, 0.05)
+    touched = slice(0, 1) if where == "input" else slice(None)
+    assert not (b.margin(b.logits.argmax(1))[touched] > 0).any()
+    assert b.margin()[touched].isnan().all()
+    if where == "input":
+        assert b.margin()[1].isfinite()
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+def differentiable(b: ll.LocalBounds, y: Tensor) -> dict[str, Tensor]:
+    def mixed(t: Tensor) -> Tensor:
+        return (t * torch.linspace(0.3, 1.7, t.numel(), dtype=t.dtype).view_as(t)).sum()
+
+    return {
+        "lipschitz": mixed(b.lipschitz), "radius": mixed(b.radius), "layer_norms": mixed(b.layer_norms),
+        "worst_logits": mixed(b.worst_logits(y)), "margin": mixed(b.margin(y)), "sparsity": b.sparsity(0.3),
+        "lower": mixed(b.lower), "upper": mixed(b.upper), "logits": mixed(b.logits),
+    }  # fmt: skip
+
+
+@both_radii
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"convolutional, {a}" for a in ACTIVATIONS),
+        "dense, clipped-maxmin",
+        "dense, Tanh",
+        "normalised, pooled, grouped",
+    ],
+)
+def test_gradients_against_finite_differences(name: str, radius: Radius) -> None:
+    """Along a random direction of all parameters, the input and eps at once, for every output."""
+    model = copy.deepcopy(ZOO[name][0])
+    x, y = zoo_input(name, 3).requires_grad_(True), torch.tensor([0, 2, 1])
+    eps = torch.tensor([0.05, 0.1, 0.2], dtype=torch.float64, requires_grad=True)
+    inputs = [*model.parameters(), x, eps]
+    direction = [torch.randn(p.shape, generator=generator(k), dtype=torch.float64) for k, p in enumerate(inputs)]
+
+    def values() -> dict[str, Tensor]:
+        return differentiable(ll.local_bounds(model, x, eps, radius=radius, iterations=CONVERGED), y)
+
+    ends: list[dict[str, Tensor]] = []
+    step = 1e-6
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(inputs, direction, strict=True):
+                p += sign * step * d
+            ends.append(values())
+            for p, d in zip(inputs, direction, strict=True):
+                p -= sign * step * d
+    results = values()
+    for key, value in results.items():
+        gradients = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+        pairs = zip(gradients, direction, strict=True)
+        slope = sum(((g * d).sum() for g, d in pairs if g is not None), torch.zeros((), dtype=torch.float64))
+        expected = (ends[0][key] - ends[1][key]) / (2 * step)
+        torch.testing.assert_close(slope, expected, rtol=2e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_every_parameter_has_a_gradient() -> None:
+    model = small_network("clipped-relu")
+    b = ll.local_bounds(model, torch.rand(8, 2, 6, 6, dtype=torch.float64), 0.1)
+    (ll.losses.robust_cross_entropy(b, torch.arange(8) % 5) + ll.losses.sparsity(b)).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+# ---- autocast and compile ------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize("activation", ["clipped-relu", "clipped-maxmin"])
+def test_autocast_stays_close(activation: str, device: str) -> None:
+    model = small_network(activation, dtype=torch.float32).to(device)
+    x = torch.rand(4, 2, 6, 6, generator=generator(0)).to(device)
+    exact = ll.local_bounds(model, x, 0.1)
+    with torch.autocast(device, torch.bfloat16):
+        b = ll.local_bounds(model, x, 0.1)
+        loss = ll.losses.robust_cross_entropy(b, torch.zeros(4, dtype=torch.int64, device=device))
+    assert b.radius.dtype == b.lower.dtype == torch.float32
+    torch.testing.assert_close(b.radius, exact.radius, rtol=0.03, atol=0)
+    for field in ("logits", "features", "lower", "upper"):
+        torch.testing.assert_close(getattr(b, field).float(), getattr(exact, field), rtol=0.03, atol=0.02)
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+    )
+
+
+def test_compiles() -> None:
+    """With graph breaks where the CPU looks for NaN; value and gradients are those of the plain run."""
+    model, x = small_network("clipped-relu", dtype=torch.float32), torch.rand(3, 2, 6, 6)
+    y = torch.tensor([0, 1, 2])
+
+    def loss(x: Tensor) -> Tensor:
+        return ll.losses.robust_cross_entropy(ll.local_bounds(model, x, 0.1), y)
+
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        value = function(x)
+        results.append((value.detach(), torch.autograd.grad(value, list(model.parameters()))))
+    torch.testing.assert_close(results[0], results[1])
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+X = torch.rand(2, 2, 6, 6)
+
+
+def call(model: Any = None, x: Any = X, eps: Any = 0.1, **more: Any) -> ll.LocalBounds:
+    return ll.local_bounds(small_network("relu", dtype=torch.float32) if model is None else model, x, eps, **more)
+
+
+def sequence(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *modules, nn.Flatten(), nn.Linear(144, 5))
+
+
+def integer_model() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).requires_grad_(False)
+    model[0].weight.data = model[0].weight.data.int()
+    return model
+
+
+deep = nn.Sequential(
+    nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU()), nn.Flatten()
+)
+ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "not a Sequential": (lambda: call(nn.Linear(3, 3)), TypeError, "model: got Linear, want a Sequential"),
+    "a function": (lambda: call(lambda x: x), TypeError, "model: got function, want a Sequential"),
+    "empty": (lambda: call(nn.Sequential()), TypeError, "model: ends in nothing, want a Linear"),
+    "no Linear at the end": (
+        lambda: call(sequence().append(nn.ReLU())),
+        TypeError,
+        r"model: ends in model.3: ReLU\(\)",
+    ),
+    "unsupported inside": (lambda: call(nn.Sequential(*deep, nn.Linear(144, 5))), TypeError, r"model\.2\.1: GELU"),
+    "batch norm": (
+        lambda: call(sequence(nn.BatchNorm2d(4))),
+        TypeError,
+        "model.1: BatchNorm2d.*want one of Linear, Conv2d",
+    ),
+    "max pool": (lambda: call(sequence(nn.MaxPool2d(1))), TypeError, "model.1: MaxPool2d"),
+    "dropout in training": (lambda: call(sequence(nn.Dropout(0.5))), TypeError, "model.1: Dropout.* in training mode"),
+    "dropout2d in training": (lambda: call(sequence(nn.Dropout2d(0.5))), TypeError, "model.1: Dropout2d.* in training"),
+    "expansive leaky": (lambda: call(sequence(nn.LeakyReLU(1.5))), TypeError, "model.1: LeakyReLU"),
+    "expansive elu": (lambda: call(sequence(nn.ELU(2.0))), TypeError, "model.1: ELU"),
+    "jumping softplus": (lambda: call(sequence(nn.Softplus(threshold=1))), TypeError, "model.1: Softplus"),
+    "reflected padding": (
+        lambda: call(
+            nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(144, 5))
+        ),
+        TypeError,
+        "model.0: Conv2d with padding_mode='reflect', want 'zeros'",
+    ),
+    "lopsided same": (
+        lambda: call(nn.Sequential(nn.Conv2d(2, 4, 2, padding="same"), nn.Flatten(), nn.Linear(144, 5))),
+        TypeError,
+        "model.0: Conv2d with an uneven 'same' padding",
+    ),
+    "pool with ceil": (lambda: call(sequence(nn.AvgPool2d(2, ceil_mode=True))), TypeError, "model.1: AvgPool2d"),
+    "pool without pad": (
+        lambda: call(sequence(nn.AvgPool2d(3, 1, 1, count_include_pad=False))),
+        TypeError,
+        "model.1: AvgPool2d.*count_include_pad",
+    ),
+    "partial flatten": (lambda: call(sequence(nn.Flatten(2))), TypeError, r"model.1: Flatten\(start_dim=2"),
+    "x no tensor": (lambda: call(x=[1.0]), TypeError, "x: got list, want a torch.float32 or torch.float64 tensor"),
+    "integer x": (lambda: call(x=X.int()), TypeError, "x: got torch.int32"),
+    "half x": (lambda: call(x=X.half()), TypeError, "x: got torch.float16"),
+    "x without batch": (lambda: call(x=X[0, 0, 0]), ValueError, r"x: got shape \(6,\), want \(B, ...\)"),
+    "x of other channels": (
+        lambda: call(x=X[:, :1]),
+        ValueError,
+        r"x: model.0 gets shape \(2, 1, 6, 6\), want \(B, 2, H, W\)",
+    ),
+    "x flat": (lambda: call(x=X.flatten(1)), ValueError, r"x: model.0 gets shape \(2, 72\), want \(B, 2, H, W\)"),
+    "x too small for the head": (
+        lambda: call(x=X[..., :4, :4]),
+        ValueError,
+        r"x: model.5 gets shape \(2, 24\), want \(B, 54\)",
+    ),
+    "x in double": (
+        lambda: call(x=X.double()),
+        ValueError,
+        "x: got torch.float64 on cpu, want torch.float32 on cpu as model.0",
+    ),
+    "x on another device": (lambda: call(x=X.to("meta")), ValueError, "x: got .* on meta, want .* on cpu"),
+    "integer weight": (
+        lambda: call(integer_model(), torch.rand(2, 3)),
+        (TypeError, ValueError),
+        "torch.int32.*model.0|model.0.*torch.int32",
+    ),
+    "negative eps": (lambda: call(eps=-0.1), ValueError, "eps: got -0.1, want a finite number >= 0"),
+    "infinite eps": (lambda: call(eps=math.inf), ValueError, "eps: got inf"),
+    "nan eps": (lambda: call(eps=math.nan), ValueError, "eps: got nan"),
+    "negative eps tensor": (lambda: call(eps=torch.tensor([0.1, -0.2])), ValueError, "eps: got -0.2"),
+    "nan eps tensor": (lambda: call(eps=torch.tensor([0.1, math.nan])), ValueError, "eps: got"),
+    "eps of another batch": (
+        lambda: call(eps=torch.ones(3)),
+        ValueError,
+        r"eps: got shape \(3,\), want \(\) or \(2,\)",
+    ),
+    "eps of shape (B, 1)": (lambda: call(eps=torch.ones(2, 1)), ValueError, r"eps: got shape \(2, 1\)"),
+    "eps text": (lambda: call(eps="0.1"), TypeError, "eps: got str, want a number or a tensor"),
+    "eps bool": (lambda: call(eps=True), TypeError, "eps: got bool"),
+    "radius unknown": (lambda: call(radius="both"), ValueError, "radius: got 'both', want 'local' or 'global'"),
+    "iterations negative": (lambda: call(iterations=-1), ValueError, "iterations: got -1, want an integer >= 0"),
+    "guarantee unknown": (lambda: call(guarantee="sure"), ValueError, "guarantee: got 'sure', want one of"),
+    "guarantee probabilistic": (
+        lambda: call(guarantee="probabilistic"),
+        NotImplementedError,
+        "guarantee='probabilistic' is not implemented",
+    ),
+    "guarantee deterministic": (
+        lambda: call(guarantee="deterministic"),
+        NotImplementedError,
+        "guarantee='deterministic' is not implemented",
+    ),
+    "failure probability": (lambda: call(failure_probability=1.5), ValueError, "failure_probability: got 1.5"),
+    "labels as floats": (
+        lambda: call().worst_logits(torch.zeros(2)),
+        TypeError,
+        "y: got torch.float32, want a torch.int64 tensor",
+    ),
+    "labels no tensor": (lambda: call().worst_logits([0, 1]), TypeError, "y: got list"),
+    "labels of another batch": (
+        lambda: call().margin(torch.zeros(3, dtype=torch.int64)),
+        ValueError,
+        r"y: got shape \(3,\), want \(2,\)",
+    ),
+    "label too large": (
+        lambda: call().worst_logits(torch.tensor([0, 5])),
+        ValueError,
+        r"y: got labels in \[0, 5\], want \[0, 5\)",
+    ),
+    "label negative": (lambda: call().margin(torch.tensor([-1, 0])), ValueError, r"y: got labels in \[-1, 0\]"),
+    "odd MaxMin": (
+        lambda: call(nn.Sequential(nn.Linear(3, 5), MaxMin(), nn.Linear(5, 2)), torch.rand(2, 3)),
+        (ValueError, RuntimeError),
+        "5",
+    ),
+    "threshold of another shape": (
+        lambda: call(nn.Sequential(nn.Linear(3, 5), ClippedReLU(4), nn.Linear(5, 2)), torch.rand(2, 3)),
+        (ValueError, RuntimeError),
+        "4",
+    ),
+    "normalisation of another channel count": (
+        lambda: call(nn.Sequential(Normalize([0.0] * 3, [1.0] * 3), nn.Flatten(), nn.Linear(72, 2))),
+        (ValueError, RuntimeError),
+        "3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_is_wrong(case: str) -> None:
+    run, kind, message = ERRORS[case]
+    with pytest.raises(kind, match=message) as caught:
+        run()
+    if "model." in message and kind is TypeError:
+        assert isinstance(caught.value, UnsupportedModuleError)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import DEVICES
+from torch import Tensor, nn
+
+import locallip_cuda as ll
+
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+Setting = tuple[nn.Sequential, Tensor]
+
+
+@pytest.fixture
+def setting(device: str, trained: Callable[[str], nn.Sequential], digits: tuple[Tensor, Tensor]) -> Setting:
+    return copy.deepcopy(trained("clipped-relu")).to(device), digits[0][:40].to(device)
+
+
+def test_fields(setting: Setting, device: str) -> None:
+    model, x = setting
+    c = ll.certify(model, x, 0.2, guarantee="estimate")
+    b = ll.local_bounds(model, x, 0.2, iterations=100)
+    assert torch.equal(c.prediction, model(x).argmax(1)) and c.prediction.dtype == torch.int64
+    assert c.certified.dtype == torch.bool and torch.equal(c.certified, c.margin > 0)
+    torch.testing.assert_close(c.margin, b.margin(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(c.lipschitz, b.lipschitz, rtol=1e-6, atol=0)
+    assert 0 < c.certified.sum() < len(x), "some fall at this eps and some do not, or this test checks little"
+    assert not c.margin.requires_grad
+
+
+def test_it_says_that_an_estimate_proves_nothing(setting: Setting, device: str) -> None:
+    c = ll.certify(*setting, 0.1, guarantee="estimate")
+    assert c.guarantee == "estimate" and c.failure_probability == 1
+    assert "proves nothing" in " ".join((ll.certify.__doc__ or "").split())
+
+
+def test_eps_per_sample_and_zero(setting: Setting, device: str) -> None:
+    model, x = setting
+    eps = torch.linspace(0, 0.5, len(x), dtype=torch.float64, device=device)
+    c = ll.certify(model, x, eps, guarantee="estimate")
+    for i in (0, 7, 39):
+        alone = ll.certify(model, x[i : i + 1], float(eps[i]), guarantee="estimate")
+        torch.testing.assert_close(c.margin[i : i + 1], alone.margin, rtol=1e-6, atol=1e-8)
+    assert ll.certify(model, x, 0.0, guarantee="estimate").certified.all()
+
+
+def test_margin_shrinks_with_eps(setting: Setting, device: str) -> None:
+    margins = torch.stack(
+        [ll.certify(*setting, eps, guarantee="estimate").margin for eps in (0.0, 0.05, 0.1, 0.3, 1.0)]
+    )
+    assert (margins[1:] < margins[:-1]).all()
+
+
+def test_ties_are_not_certified(device: str) -> None:
+    """A margin of zero is not above zero."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)).double().to(device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    c = ll.certify(model, torch.rand(4, 2, dtype=torch.float64, device=device), 0.0, guarantee="estimate")
+    assert (c.margin == 0).all() and not c.certified.any()
+
+
+def test_empty_batch(setting: Setting, device: str) -> None:
+    model, x = setting
+    c = ll.certify(model, x[:0], 0.1, guarantee="estimate")
+    assert c.prediction.shape == c.certified.shape == c.margin.shape == c.lipschitz.shape == (0,)
+    assert ll.certified_radius(model, x[:0], max_eps=1.0, guarantee="estimate").shape == (0,)
+
+
+def test_certified_radius_is_certified_and_tight(setting: Setting, device: str) -> None:
+    model, x = setting
+    for tolerance in (0.05, 1e-3):
+        radius = ll.certified_radius(model, x, max_eps=0.4, tolerance=tolerance, guarantee="estimate")
+        assert radius.shape == (len(x),) and radius.dtype == x.dtype and not radius.requires_grad
+        assert ((radius >= 0) & (radius <= 0.4)).all()
+        found = radius > 0
+        assert ll.certify(model, x, radius, guarantee="estimate").certified[found].all()
+        # bisection ends where a radius up to tolerance larger was refused
+        beyond = ll.certify(model, x, radius + tolerance, guarantee="estimate").certified
+        assert not beyond[radius < 0.4 - tolerance].any()
+    assert (radius == 0.4).any() and (radius < 0.4).any()
+
+
+def test_certified_radius_is_zero_where_nothing_is_certified(setting: Setting, device: str) -> None:
+    model, x = setting
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model[-1].weight.zero_()  # type: ignore[union-attr, operator]
+        model[-1].bias.zero_()  # type: ignore[union-attr, operator]
+    assert (ll.certified_radius(model, x[:5], max_eps=0.5, guarantee="estimate") == 0).all()
+
+
+def test_certified_radius_of_a_linear_net_is_its_distance(device: str) -> None:
+    """One hidden layer that is the identity on the ball: the distance to the decision boundary, by hand."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double().to(device)
+    with torch.no_grad():
+        for layer, rows in ((model[0], [[1.0, 0.0], [0.0, 1.0]]), (model[2], [[3.0, 4.0], [0.0, 0.0]])):
+            layer.weight.copy_(torch.tensor(rows))  # type: ignore[union-attr, operator]
+            layer.bias.zero_()  # type: ignore[union-attr, operator]
+        model[2].bias[1] = 60.0  # type: ignore[union-attr, operator, index]
+    x = torch.tensor([[10.0, 10.0]], dtype=torch.float64, device=device)  # logits 70 and 60: (70 - 60) / 5 away
+    radius = ll.certified_radius(model, x, max_eps=8.0, tolerance=1e-4, guarantee="estimate")
+    assert 2 - 1e-4 <= radius.item() <= 2
+
+
+def test_float32(setting: Setting, device: str) -> None:
+    model, x = setting
+    single = ll.certify(copy.deepcopy(model).float(), x.float(), 0.2, guarantee="estimate")
+    double = ll.certify(model, x, 0.2, guarantee="estimate")
+    assert single.margin.dtype == torch.float32
+    torch.testing.assert_close(single.margin.double(), double.margin, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ({}, NotImplementedError, "guarantee='probabilistic' is not implemented"),
+        ({"guarantee": "deterministic"}, NotImplementedError, "guarantee='deterministic' is not implemented"),
+        ({"guarantee": "certain"}, ValueError, "guarantee: got 'certain', want one of 'estimate', 'probabilistic'"),
+        ({"guarantee": "estimate", "failure_probability": 2.0}, ValueError, "failure_probability: got 2.0"),
+    ],
+)
+def test_guarantees(
+    arguments: dict[str, Any], kind: type[Exception], message: str, setting: Setting, device: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        ll.certify(*setting, 0.1, **arguments)
+    with pytest.raises(kind, match=message):
+        ll.certified_radius(*setting, max_eps=1.0, **arguments)
+
+
+@pytest.mark.parametrize("name", ["max_eps", "tolerance"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_bisection_limits(name: str, value: float, setting: Setting, device: str) -> None:
+    arguments = {"max_eps": 1.0, "tolerance": 1e-2} | {name: value}
+    with pytest.raises(ValueError, match=f"{name}: got {value}, want a finite number > 0"):
+        ll.certified_radius(*setting, **arguments, guarantee="estimate")
+
+
+def test_errors_of_the_bounds_come_through(setting: Setting, device: str) -> None:
+    model, x = setting
+    with pytest.raises(ValueError, match="eps: got -1"):
+        ll.certify(model, x, -1.0, guarantee="estimate")
+    with pytest.raises(TypeError, match="model: got Linear"):
+        ll.certify(nn.Linear(2, 2), x, 0.1, guarantee="estimate")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="x: got list"):
+        ll.certified_radius(model, [1.0], max_eps=1.0, guarantee="estimate")  # type: ignore[arg-type]
