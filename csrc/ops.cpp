@@ -7,6 +7,8 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -63,12 +65,11 @@ std::vector<int64_t> with_batch(int64_t batch, IntArrayRef sizes) {
   return out;
 }
 
-// ---- masked norm ---------------------------------------------------------------------------------------------------------
+// ---- affine layers -------------------------------------------------------------------------------------------------------
 
-// The norm is float32 or float64 arithmetic even where autocast or TF32 narrows the layers around it.
-struct FullPrecision {
+// Arithmetic is what the tensors say even where autocast narrows the layers around an op.
+struct NoAutocast {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  const at::NoTF32Guard no_tf32;
 };
 
 // One weight as the linear operator it is: dense, or a zero-padded convolution.
@@ -77,22 +78,24 @@ struct Operator {
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups;
 
-  Tensor apply(const Tensor& x) const {
-    if (weight.dim() == 2) return at::mm(x, weight.t());
-    return laid_out(at::convolution(x, weight, {}, stride, padding, dilation, false, {0, 0}, groups));
+  Tensor apply(const Tensor& x, const OptionalTensor& bias = std::nullopt) const {
+    if (weight.dim() == 2) return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+    return laid_out(at::convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups));
   }
 
-  // W^T y; `like` has the shape of an input.
-  Tensor apply_adjoint(const Tensor& y, const Tensor& like) const {
-    if (weight.dim() == 2) return at::mm(y, weight);
-    return laid_out(std::get<0>(at::convolution_backward(y, like, weight, std::nullopt, stride, padding, dilation, false, {0, 0},
-                                                         groups, {true, false, false})));
+  // Gradients of the input and the weight at x for the gradient y of the output; the first is W^T y, whatever x is.
+  std::tuple<Tensor, Tensor> gradients(const Tensor& y, const Tensor& x, bool of_input, bool of_weight) const {
+    if (weight.dim() == 2) return {of_input ? at::mm(y, weight) : Tensor(), of_weight ? at::mm(y.t(), x) : Tensor()};
+    const auto [input, kernel, bias] = at::convolution_backward(y, x, weight, std::nullopt, stride, padding, dilation, false,
+                                                                {0, 0}, groups, {of_input, of_weight, false});
+    return {of_input ? laid_out(input) : Tensor(), of_weight ? kernel.contiguous(weight.suggest_memory_format()) : Tensor()};
   }
 
-  Tensor weight_gradient(const Tensor& x, const Tensor& y) const {
-    if (weight.dim() == 2) return at::mm(y.t(), x);
-    return std::get<1>(at::convolution_backward(y, x, weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups,
-                                                {false, true, false}));
+  // How many samples of `length` units the norm solver best takes together: all on a GPU, and for a dense weight, which is
+  // read again for every group; for a convolution on the CPU as many as stay in a core's second-level cache with their basis.
+  int64_t samples_at_once(int64_t length) const {
+    if (!weight.is_cpu() || weight.dim() == 2) return std::numeric_limits<int64_t>::max();
+    return at::get_num_threads() * std::max<int64_t>(1, (int64_t{1} << 18) / length);
   }
 
   std::vector<int64_t> output_sizes(IntArrayRef input) const {
@@ -102,6 +105,66 @@ struct Operator {
       out[i + 2] = (input[i + 2] + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) / stride[i] + 1;
     return out;
   }
+};
+
+Tensor narrowed(const Tensor& t, bool bfloat16) { return bfloat16 ? t.to(at::kBFloat16) : t; }
+
+Tensor affine(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+              IntArrayRef dilation, int64_t groups, bool bfloat16) {
+  LOCALLIP_GUARD(weight);
+  const NoAutocast no_autocast;
+  const Operator op{narrowed(weight, bfloat16), stride.vec(), padding.vec(), dilation.vec(), groups};
+  const OptionalTensor shift = bias ? OptionalTensor(narrowed(*bias, bfloat16)) : std::nullopt;
+  return op.apply(narrowed(laid_out(x), bfloat16), shift).to(weight.scalar_type());
+}
+
+// The samples from the first to the last whose gradient is not zero. Where the ball bounds every unit of a layer, the box's
+// half of the batch has none, and its convolutions need not run. Known on the CPU alone: a GPU would have to be waited for.
+std::pair<int64_t, int64_t> samples_with_gradient(const Tensor& grad) {
+  int64_t first = 0, last = grad.size(0);
+  if (!grad.is_cpu() || grad.numel() == 0) return {first, last};
+  const int64_t length = grad.numel() / last;
+  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "samples_with_gradient", [&] {
+    const auto* g = grad.const_data_ptr<scalar_t>();
+    const auto zero = [&](int64_t b) { return std::all_of(g + b * length, g + (b + 1) * length, [](scalar_t v) { return v == 0; }); };
+    while (first < last && zero(first)) ++first;
+    while (last > first && zero(last - 1)) --last;
+  });
+  return {first, last};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& weight,
+                                                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                                   bool bfloat16, bool of_input, bool of_weight, bool of_bias) {
+  LOCALLIP_GUARD(weight);
+  const NoAutocast no_autocast;
+  const auto options = weight.options().requires_grad(false);
+  const Tensor grad = laid_out(grad_in), x = laid_out(x_in);
+  const auto [first, last] = samples_with_gradient(grad);
+  Tensor to_x = of_input ? empty(x.sizes(), options) : at::empty({0}, options);
+  Tensor to_weight = of_weight ? at::empty_like(weight) : at::empty({0}, options);
+  Tensor to_bias = at::empty({0}, options);
+  if (of_bias) to_bias = weight.dim() == 2 ? grad.sum(0) : grad.sum(IntArrayRef{0, 2, 3});
+  if (first == last) return {of_input ? to_x.zero_() : to_x, of_weight ? to_weight.zero_() : to_weight, to_bias};
+  const Operator op{narrowed(weight, bfloat16), stride.vec(), padding.vec(), dilation.vec(), groups};
+  const auto part = [&](const Tensor& t) { return narrowed(t.narrow(0, first, last - first), bfloat16); };
+  const auto [input, kernel] = op.gradients(part(grad), part(x), of_input, of_weight);
+  if (of_input && last - first == x.size(0) && !bfloat16) {
+    to_x = input;
+  } else if (of_input) {
+    to_x.narrow(0, 0, first).zero_();
+    to_x.narrow(0, first, last - first).copy_(input);
+    to_x.narrow(0, last, x.size(0) - last).zero_();
+  }
+  if (of_weight) to_weight = kernel.to(weight.scalar_type()).contiguous(weight.suggest_memory_format());
+  return {to_x, to_weight, to_bias};
+}
+
+// ---- masked norm ---------------------------------------------------------------------------------------------------------
+
+// Norms are float32 or float64 arithmetic, TF32 allowed or not: it would put them off by a thousandth, and above the true one.
+struct FullPrecision : NoAutocast {
+  const at::NoTF32Guard no_tf32;
 };
 
 // Orthonormal vectors of a group of samples: [slot][sample][...], each slot laid out as the operator wants it. A smaller group
@@ -120,12 +183,6 @@ struct Basis {
     return sizes.size() == 4 ? t.view({samples, sizes[2], sizes[3], sizes[1]}).permute({0, 3, 1, 2}) : t.view({samples, sizes[1]});
   }
 };
-
-// Samples whose vector fits in half a megabyte or so: with the handful of vectors in play, a second-level cache a core.
-int64_t samples_in_cache(int64_t length) {
-  const int64_t threads = at::get_num_threads(), fit = (int64_t{1} << 17) / std::max<int64_t>(length, 1);
-  return threads * std::max<int64_t>(1, fit);
-}
 
 std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const OptionalTensor& row_mask_in,
                                                const OptionalTensor& col_mask_in, const OptionalTensor& start_in,
@@ -154,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
   if (batch == 0) return {sigma, right, left};
   // A few samples at a time on the CPU, so that their bases stay in cache from one pass to the next. Buffers are reused.
   const int64_t columns = right.numel() / batch, rows = left.numel() / batch;
-  const int64_t at_once = weight_in.is_cuda() ? batch : std::min(batch, samples_in_cache(std::max(rows, columns)));
+  const int64_t at_once = std::min(batch, op.samples_at_once(std::max(rows, columns)));
   const int64_t window = std::min<int64_t>(iterations + 1, kWindow);
   const bool restarts = iterations + 1 > kWindow;
   const Basis right_basis(window + restarts, with_batch(at_once, input_shape), options);
@@ -185,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
                      Breakdown::kDrop, restarts, 0u, small);
         ++count;
         if (step == iterations) break;
-        Tensor back = op.apply_adjoint(left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples));
+        Tensor back = std::get<0>(op.gradients(left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples), true, false));
         LOCALLIP_RUN(weight_in, extend_basis, q, back.mutable_data_ptr<scalar_t>(), col_bytes, count, samples, columns,
                      Breakdown::kReplace, restarts, static_cast<uint32_t>(step + 1), static_cast<double*>(nullptr));
         if (count < kWindow) continue;
@@ -217,7 +274,7 @@ Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tens
   if (right.size(0) == 0) return at::zeros_like(weight);
   std::vector<int64_t> shape(left.dim(), 1);
   shape[0] = -1;
-  return op.weight_gradient(laid_out(right), laid_out(left * grad.view(shape))).contiguous(weight.suggest_memory_format());
+  return std::get<1>(op.gradients(laid_out(left * grad.view(shape)), laid_out(right), false, true));
 }
 
 // ---- activation pattern --------------------------------------------------------------------------------------------------
@@ -423,6 +480,9 @@ TORCH_LIBRARY(locallip_cuda, m) {
                              "Tensor? first, Tensor? second";
   const std::string last = "Tensor features, Tensor lower, Tensor upper, Tensor radius, Tensor weight, Tensor labels";
   const auto define = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
+  define("affine(Tensor x, Tensor weight, Tensor? bias, " + conv + ", bool bfloat16) -> Tensor");
+  define("affine_backward(Tensor grad, Tensor x, Tensor weight, " + conv +
+         ", bool bfloat16, bool of_input, bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)");
   define("masked_norm(Tensor weight, Tensor? row_mask, Tensor? col_mask, Tensor? start, SymInt[] input_shape, " + conv +
          ", int iterations) -> (Tensor sigma, Tensor right, Tensor left)");
   define("masked_norm_backward(Tensor grad, Tensor weight, Tensor right, Tensor left, " + conv + ") -> Tensor");
@@ -436,6 +496,8 @@ TORCH_LIBRARY(locallip_cuda, m) {
 
 #define LOCALLIP_REGISTER(KEY)                                             \
   TORCH_LIBRARY_IMPL(locallip_cuda, KEY, m) {                              \
+    m.impl("affine", &affine);                                             \
+    m.impl("affine_backward", &affine_backward);                           \
     m.impl("masked_norm", &masked_norm);                                   \
     m.impl("masked_norm_backward", &masked_norm_backward);                 \
     m.impl("activation_pattern", &activation_pattern);                     \

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -26,6 +25,9 @@ class UnsupportedModuleError(TypeError):
     """A module in the network has no bound here; the message names its path and what is supported."""
 
 
+DENSE = ([1, 1], [0, 0], [1, 1], 1)
+
+
 @dataclass(frozen=True)
 class _Operator:
     """One affine layer as the linear operator it is: ``conv`` is (stride, padding, dilation, groups), None if dense."""
@@ -35,8 +37,7 @@ class _Operator:
     conv: tuple[list[int], list[int], list[int], int] | None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = F.linear(x, weight, bias) if self.conv is None else F.conv2d(x, weight, bias, *self.conv)
-        return y.to(self.weight.dtype)  # autocast computes the product in a narrower type
+        return ops.affine(x, weight, bias, *(self.conv or DENSE))
 
     def squared_row_norms(
         self, column_mask: Tensor | None, input_shape: Sequence[int], output: Tensor, *, exact: bool
@@ -55,7 +56,7 @@ class _Operator:
     def norm(
         self, row_mask: Tensor | None, col_mask: Tensor | None, input_shape: Sequence[int], start: Tensor | None, iterations: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        conv = self.conv or ([1, 1], [0, 0], [1, 1], 1)
+        conv = self.conv or DENSE
         return ops.masked_norm(self.weight, row_mask, col_mask, start, list(input_shape), *conv, iterations)
 
 

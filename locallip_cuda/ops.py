@@ -19,6 +19,27 @@ load_extension()
 _ops = torch.ops.locallip_cuda
 
 
+def affine(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``W x + bias`` for a dense weight (m, n) or a convolution weight (Cout, Cin/groups, kH, kW), in weight's dtype.
+
+    It differs from torch's own in its backward pass on a CPU, which leaves out leading and trailing samples whose
+    gradient is zero: where the ball bounds every unit, that is the box's half of the batch. Under autocast to bfloat16
+    the products are taken in bfloat16, forward and backward.
+    """
+    device = weight.device.type
+    bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    result: Tensor = _ops.affine(x, weight, bias, stride, padding, dilation, groups, bfloat16)
+    return result
+
+
 def masked_norm(
     weight: Tensor,
     row_mask: Tensor | None,
@@ -99,14 +120,34 @@ def _laid_out(like: Tensor, shape: Sequence[Any], dtype: torch.dtype | None = No
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
-@torch.library.register_fake("locallip_cuda::masked_norm")
-def _(weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations):  # type: ignore[no-untyped-def]
+def _output_shape(weight, input_shape, stride, padding, dilation):  # type: ignore[no-untyped-def]
     output = [input_shape[0], weight.shape[0]]
     if weight.dim() == 4:
         output += [
             (input_shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
             for i in range(2)
         ]
+    return output
+
+
+@torch.library.register_fake("locallip_cuda::affine")
+def _(x, weight, bias, stride, padding, dilation, groups, bfloat16):  # type: ignore[no-untyped-def]
+    return _laid_out(weight, _output_shape(weight, x.shape, stride, padding, dilation))
+
+
+@torch.library.register_fake("locallip_cuda::affine_backward")
+def _(grad, x, weight, stride, padding, dilation, groups, bfloat16, of_input, of_weight, of_bias):  # type: ignore[no-untyped-def]
+    none = weight.new_empty(0)
+    return (
+        _laid_out(x, x.shape) if of_input else none,
+        torch.empty_like(weight) if of_weight else none,
+        weight.new_empty(weight.shape[0]) if of_bias else none,
+    )
+
+
+@torch.library.register_fake("locallip_cuda::masked_norm")
+def _(weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations):  # type: ignore[no-untyped-def]
+    output = _output_shape(weight, input_shape, stride, padding, dilation)
     return weight.new_empty(input_shape[0]), _laid_out(weight, input_shape), _laid_out(weight, output)
 
 
@@ -143,6 +184,17 @@ def _(grad_gain, step, features, lower, upper, radius, weight, labels):  # type:
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def _affine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.arguments = inputs[3:]
+
+
+def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[:3]
+    grads = _ops.affine_backward(grad, *ctx.saved_tensors, *ctx.arguments, *wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *[None] * 5
 
 
 def _masked_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -194,6 +246,7 @@ def _margin_backward(ctx: Any, grad_gain: Tensor, _step: Tensor) -> tuple[Tensor
 
 
 for _name, _backward, _setup in (
+    ("affine", _affine_backward, _affine_setup),
     ("masked_norm", _masked_norm_backward, _masked_norm_setup),
     ("activation_pattern", _activation_pattern_backward, _activation_pattern_setup),
     ("margin", _margin_backward, _margin_setup),
