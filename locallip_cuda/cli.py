@@ -191,7 +191,8 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
                 again = [a for a in command if a not in ("--overwrite", "--resume")]
                 where = f"epoch {trainer.epoch + 1}, step {trainer.step} of {trainer.steps}"
                 print(f"Stopped by {signal.Signals(stop.number).name} in {where}. Checkpoint: {stop.path}")
-                print(f"Continue with: {shlex.join(['locallip', *again, '--resume'])}")
+                launcher = f"torchrun --nproc-per-node {workers.count} --no-python " if workers.count > 1 else ""
+                print(f"Continue with: {launcher}{shlex.join(['locallip', *again, '--resume'])}")
                 sys.stdout.flush()
             return 128 + stop.number
         if workers.rank == 0:

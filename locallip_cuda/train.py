@@ -503,4 +503,5 @@ def _line(means: dict[str, float]) -> str:
         text += f", robust {means['robust']:.4f}"
     if means["sparsity"]:
         text += f", sparsity {means['sparsity']:.4f}"
-    return f"{text}), accuracy {means['correct']:.2%}, certified {means['certified']:.2%}"
+    text += f"), accuracy {means['correct']:.2%}"
+    return f"{text}, certified {means['certified']:.2%}" if means["robust"] else text
