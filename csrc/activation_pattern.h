@@ -1,8 +1,10 @@
-// Activation pattern of one layer in one pass: pre-activation box and ball in; row and column masks, post-activation clean
-// value and box, and sparsity terms out. The arithmetic of one unit (or one MaxMin pair) is here, shared by both devices.
+// Activation pattern of one layer in one pass: pre-activation box and ball in; row and column masks, post-activation
+// clean value and box, and sparsity terms out. The arithmetic of one unit (or one MaxMin pair) is here, shared by both
+// devices.
 //
-// Arrays are [sample][units], units in one dense order. A MaxMin pair is (o, 0, i), (o, 1, i) of units = [outer][2][inner],
-// and its thresholds are [outer][inner]. Other activations have outer = 1 and no factor 2: units = [inner].
+// Arrays are [sample][units], units in one dense order. A MaxMin pair is (o, 0, i), (o, 1, i) of units =
+// [outer][2][inner], and its thresholds are [outer][inner]. Other activations have outer = 1 and no factor 2: units =
+// [inner].
 #pragma once
 
 #include <cmath>
@@ -16,7 +18,9 @@ namespace locallip {
 
 enum class Activation { kIdentity, kRelu, kClippedRelu, kMaxMin, kClippedMaxMin };
 
-LOCALLIP_INLINE constexpr bool is_paired(Activation a) { return a == Activation::kMaxMin || a == Activation::kClippedMaxMin; }
+LOCALLIP_INLINE constexpr bool is_paired(Activation a) {
+  return a == Activation::kMaxMin || a == Activation::kClippedMaxMin;
+}
 
 // clean [batch][units]; centre, half_width [batch][units] or both null where only the ball bounds the unit;
 // squared_row_norms [batch][units] or, with row_norms_shared, [units]; radius [batch];
@@ -48,15 +52,15 @@ struct ActivationInputGrad {
   scalar_t *clean, *centre, *half_width, *squared_row_norms, *radius, *first, *second;
 };
 
-#define LOCALLIP_DECLARE_ACTIVATION_PATTERN(STREAM)                                                                        \
-  /* how many partial sums a pass over units [outer][inner] leaves in slack (forward) or radius (backward) */               \
-  int64_t activation_pattern_chunks(int64_t outer, int64_t inner, bool backward);                                           \
-  template <typename scalar_t>                                                                                              \
-  void activation_pattern(Activation activation, const ActivationInput<scalar_t>& in,                                       \
-                          const ActivationOutput<scalar_t>& out STREAM);                                                    \
-  template <typename scalar_t>                                                                                              \
-  void activation_pattern_backward(Activation activation, const ActivationInput<scalar_t>& in,                              \
-                                   const ActivationOutputGrad<scalar_t>& grad_out,                                          \
+#define LOCALLIP_DECLARE_ACTIVATION_PATTERN(STREAM)                                                           \
+  /* how many partial sums a pass over units [outer][inner] leaves in slack (forward) or radius (backward) */ \
+  int64_t activation_pattern_chunks(int64_t outer, int64_t inner, bool backward);                             \
+  template <typename scalar_t>                                                                                \
+  void activation_pattern(Activation activation, const ActivationInput<scalar_t>& in,                         \
+                          const ActivationOutput<scalar_t>& out STREAM);                                      \
+  template <typename scalar_t>                                                                                \
+  void activation_pattern_backward(Activation activation, const ActivationInput<scalar_t>& in,                \
+                                   const ActivationOutputGrad<scalar_t>& grad_out,                            \
                                    const ActivationInputGrad<scalar_t>& grad_in STREAM);
 
 namespace cpu {
@@ -65,7 +69,7 @@ LOCALLIP_DECLARE_ACTIVATION_PATTERN()
 namespace cuda {
 #define LOCALLIP_STREAM , void* stream
 LOCALLIP_DECLARE_ACTIVATION_PATTERN(LOCALLIP_STREAM)
-}
+}  // namespace cuda
 
 // Calls run(activation, box) with the activation and the presence of a box as constants: integral_constant objects.
 template <typename Run>
@@ -93,8 +97,8 @@ struct Bounds {
   T clean, lower, upper;
 };
 
-// No branch anywhere below, so that compilers make vector code of the loops over units: sums of selects, not conditional
-// sums, and no square root or division behind a comparison.
+// No branch anywhere below, so that compilers make vector code of the loops over units: sums of selects, not
+// conditional sums, and no square root or division behind a comparison.
 
 template <typename T>
 LOCALLIP_INLINE T positive(T x) {
@@ -140,10 +144,12 @@ struct UnitGrad {
 
 // Gradient of `intersect` and of reach = radius * row_norm(squared).
 template <typename T>
-LOCALLIP_INLINE UnitGrad<T> intersect_backward(T clean, T radius, T squared, bool box, T centre, T half_width, Bounds<T> grad) {
+LOCALLIP_INLINE UnitGrad<T> intersect_backward(T clean, T radius, T squared, bool box, T centre, T half_width,
+                                               Bounds<T> grad) {
   const T norm = row_norm(squared), reach = radius * norm;
   UnitGrad<T> out{grad.clean, 0, 0, 0, 0};
-  const bool lower_box = box && centre - half_width > clean - reach, upper_box = box && centre + half_width < clean + reach;
+  const bool lower_box = box && centre - half_width > clean - reach,
+             upper_box = box && centre + half_width < clean + reach;
   const T box_low = where(lower_box, grad.lower), box_high = where(upper_box, grad.upper);
   const T ball_low = grad.lower - box_low, ball_high = grad.upper - box_high;
   out.centre = box_low + box_high;
@@ -199,7 +205,8 @@ LOCALLIP_INLINE T unit_value_backward(T z, T threshold, T grad, T& threshold_gra
 }
 
 template <Activation kActivation, typename T>
-LOCALLIP_INLINE Bounds<T> unit_backward(Bounds<T> z, T threshold, Bounds<T> grad, const T (&slack)[2], T& threshold_grad) {
+LOCALLIP_INLINE Bounds<T> unit_backward(Bounds<T> z, T threshold, Bounds<T> grad, const T (&slack)[2],
+                                        T& threshold_grad) {
   Bounds<T> out = {unit_value_backward<kActivation>(z.clean, threshold, grad.clean, threshold_grad),
                    unit_value_backward<kActivation>(z.lower, threshold, grad.lower, threshold_grad),
                    unit_value_backward<kActivation>(z.upper, threshold, grad.upper, threshold_grad)};
@@ -242,7 +249,8 @@ LOCALLIP_INLINE PairResult<T> pair_forward(Bounds<T> a, Bounds<T> b, T upper, T 
   r.slack = 0;
   if (kClipped) {
     const int large = !(top >= upper), small = !(bottom <= lower);
-    const int a_first = a.lower >= b.upper, b_first = (1 - a_first) & (b.lower >= a.upper), open = 1 - a_first - b_first;
+    const int a_first = a.lower >= b.upper, b_first = (1 - a_first) & (b.lower >= a.upper),
+              open = 1 - a_first - b_first;
     r.largest.lower = clip_above(top, upper);
     r.largest.upper = clip_above(r.largest.upper, upper);
     r.smallest.lower = clip_below(r.smallest.lower, lower);
@@ -257,8 +265,8 @@ LOCALLIP_INLINE PairResult<T> pair_forward(Bounds<T> a, Bounds<T> b, T upper, T 
 }
 
 template <bool kClipped, typename T>
-LOCALLIP_INLINE void pair_value_backward(T a, T b, T upper, T lower, T grad_largest, T grad_smallest, T& grad_a, T& grad_b,
-                                         ThresholdGrad<T>& thresholds) {
+LOCALLIP_INLINE void pair_value_backward(T a, T b, T upper, T lower, T grad_largest, T grad_smallest, T& grad_a,
+                                         T& grad_b, ThresholdGrad<T>& thresholds) {
   const bool a_first = a >= b;
   const T clipped_largest = where(kClipped && (a_first ? a : b) >= upper, grad_largest);
   const T clipped_smallest = where(kClipped && (a_first ? b : a) <= lower, grad_smallest);
@@ -271,8 +279,9 @@ LOCALLIP_INLINE void pair_value_backward(T a, T b, T upper, T lower, T grad_larg
 }
 
 template <bool kClipped, typename T>
-LOCALLIP_INLINE void pair_backward(Bounds<T> a, Bounds<T> b, T upper, T lower, Bounds<T> grad_largest, Bounds<T> grad_smallest,
-                                   T slack, Bounds<T>& grad_a, Bounds<T>& grad_b, ThresholdGrad<T>& thresholds) {
+LOCALLIP_INLINE void pair_backward(Bounds<T> a, Bounds<T> b, T upper, T lower, Bounds<T> grad_largest,
+                                   Bounds<T> grad_smallest, T slack, Bounds<T>& grad_a, Bounds<T>& grad_b,
+                                   ThresholdGrad<T>& thresholds) {
   pair_value_backward<kClipped>(a.clean, b.clean, upper, lower, grad_largest.clean, grad_smallest.clean, grad_a.clean,
                                 grad_b.clean, thresholds);
   pair_value_backward<kClipped>(a.lower, b.lower, upper, lower, grad_largest.lower, grad_smallest.lower, grad_a.lower,

@@ -2,12 +2,13 @@
 //
 //   gain = max { d . delta : |delta| <= r, low <= delta <= high },  d = w_j - w_y,  low <= 0 <= high.
 //
-// Its dual g(lambda) = sum_i [d_i delta_i - lambda delta_i^2 / 2] + lambda r^2 / 2, delta_i = clip(d_i / lambda, low_i, high_i),
-// bounds the gain from above for every lambda > 0; g at the lambda reached is what is returned, so that stopping early costs
-// tightness and never soundness. With t = 1 / lambda, |delta(t)|^2 = t^2 A + C, A the sum of d_i^2 over the units inside the
-// box and C the squared length of those at its faces. t <- sqrt((r^2 - C) / A) climbs from r / |d| to the solution
-// monotonically and in finitely many steps, since units only move from the inside to the faces. The climb works on d / max |d|
-// and, with the room, on units of r: squares of small numbers would underflow and the bound with them.
+// Its dual g(lambda) = sum_i [d_i delta_i - lambda delta_i^2 / 2] + lambda r^2 / 2, delta_i = clip(d_i / lambda, low_i,
+// high_i), bounds the gain from above for every lambda > 0; g at the lambda reached is what is returned, so that
+// stopping early costs tightness and never soundness. With t = 1 / lambda, |delta(t)|^2 = t^2 A + C, A the sum of d_i^2
+// over the units inside the box and C the squared length of those at its faces. t <- sqrt((r^2 - C) / A) climbs from r
+// / |d| to the solution monotonically and in finitely many steps, since units only move from the inside to the faces.
+// The climb works on d / max |d| and, with the room, on units of r: squares of small numbers would underflow and the
+// bound with them.
 #pragma once
 
 #include <cmath>
@@ -36,11 +37,11 @@ struct MarginGrad {
 // Steps of the climb: it ends by itself after a few (one for every group of units that reaches the box at once).
 constexpr int kMarginSteps = 64;
 
-#define LOCALLIP_DECLARE_MARGIN(STREAM)                                                                  \
-  /* gain and step [batch][classes]; step is t, infinite where the box alone bounds, 0 where r is 0. */   \
-  template <typename scalar_t>                                                                            \
-  void margin(const MarginInput<scalar_t>& in, scalar_t* gain, scalar_t* step STREAM);                    \
-  template <typename scalar_t>                                                                            \
+#define LOCALLIP_DECLARE_MARGIN(STREAM)                                                                 \
+  /* gain and step [batch][classes]; step is t, infinite where the box alone bounds, 0 where r is 0. */ \
+  template <typename scalar_t>                                                                          \
+  void margin(const MarginInput<scalar_t>& in, scalar_t* gain, scalar_t* step STREAM);                  \
+  template <typename scalar_t>                                                                          \
   void margin_backward(const MarginInput<scalar_t>& in, const MarginGrad<scalar_t>& grad STREAM);
 
 namespace cpu {
@@ -49,7 +50,7 @@ LOCALLIP_DECLARE_MARGIN()
 namespace cuda {
 #define LOCALLIP_MARGIN_STREAM , void* stream
 LOCALLIP_DECLARE_MARGIN(LOCALLIP_MARGIN_STREAM)
-}
+}  // namespace cuda
 
 // The room of one unit; a clean value outside its box by a rounding error counts as on its face.
 template <typename T>
@@ -73,7 +74,7 @@ struct Displacement {
 template <typename T>
 LOCALLIP_INLINE Displacement<T> displace(T direction, Room<T> room, T step) {
   const T face = direction > 0 ? room.high : room.low;
-  const T free = direction == 0 ? T(0) : direction * step;  // 0 times infinity is 0 here
+  const T free = direction == 0 ? T(0) : direction * step;         // 0 times infinity is 0 here
   const bool held = !(direction > 0 ? free < face : free > face);  // a NaN face holds, and shows
   return {direction == 0 ? T(0) : (held ? face : free), held && direction != 0};
 }

@@ -1,5 +1,5 @@
-// Op schemas, dispatch and the pybind11 module: the only file that knows torch's registration. Tensors are checked and laid
-// out here; the kernels below take plain pointers. Four-dimensional tensors are channels-last throughout.
+// Op schemas, dispatch and the pybind11 module: the only file that knows torch's registration. Tensors are checked and
+// laid out here; the kernels below take plain pointers. Four-dimensional tensors are channels-last throughout.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -21,12 +21,14 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #define LOCALLIP_GUARD(tensor) const c10::cuda::OptionalCUDAGuard device_guard(at::device_of(tensor))
-#define LOCALLIP_RUN(tensor, function, ...) \
-  ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, c10::cuda::getCurrentCUDAStream().stream()) : cpu::function(__VA_ARGS__))
+#define LOCALLIP_RUN(tensor, function, ...)                                                     \
+  ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, c10::cuda::getCurrentCUDAStream().stream()) \
+                      : cpu::function(__VA_ARGS__))
 #define LOCALLIP_HOST_RUN(tensor, function, ...) \
   ((tensor).is_cuda() ? cuda::function(__VA_ARGS__) : cpu::function(__VA_ARGS__))
 #else
-#define LOCALLIP_GUARD(tensor) TORCH_CHECK((tensor).is_cpu(), "locallip_cuda was built for the CPU alone, got a tensor on ", (tensor).device())
+#define LOCALLIP_GUARD(tensor) \
+  TORCH_CHECK((tensor).is_cpu(), "locallip_cuda was built for the CPU alone, got a tensor on ", (tensor).device())
 #define LOCALLIP_RUN(tensor, function, ...) cpu::function(__VA_ARGS__)
 #define LOCALLIP_HOST_RUN(tensor, function, ...) cpu::function(__VA_ARGS__)
 #endif
@@ -45,7 +47,8 @@ Tensor laid_out(const Tensor& t) {
 OptionalTensor laid_out(const OptionalTensor& t) { return t ? OptionalTensor(laid_out(*t)) : std::nullopt; }
 
 Tensor empty(IntArrayRef sizes, at::TensorOptions options) {
-  return at::empty(sizes, options.memory_format(sizes.size() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
+  return at::empty(
+      sizes, options.memory_format(sizes.size() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
 }
 
 const uint8_t* bytes(const OptionalTensor& mask) {
@@ -86,13 +89,15 @@ struct Operator {
   // Gradients of the input and the weight at x for the gradient y of the output; the first is W^T y, whatever x is.
   std::tuple<Tensor, Tensor> gradients(const Tensor& y, const Tensor& x, bool of_input, bool of_weight) const {
     if (weight.dim() == 2) return {of_input ? at::mm(y, weight) : Tensor(), of_weight ? at::mm(y.t(), x) : Tensor()};
-    const auto [input, kernel, bias] = at::convolution_backward(y, x, weight, std::nullopt, stride, padding, dilation, false,
-                                                                {0, 0}, groups, {of_input, of_weight, false});
-    return {of_input ? laid_out(input) : Tensor(), of_weight ? kernel.contiguous(weight.suggest_memory_format()) : Tensor()};
+    const auto [input, kernel, bias] = at::convolution_backward(y, x, weight, std::nullopt, stride, padding, dilation,
+                                                                false, {0, 0}, groups, {of_input, of_weight, false});
+    return {of_input ? laid_out(input) : Tensor(),
+            of_weight ? kernel.contiguous(weight.suggest_memory_format()) : Tensor()};
   }
 
-  // How many samples of `length` units the norm solver best takes together: all on a GPU, and for a dense weight, which is
-  // read again for every group; for a convolution on the CPU as many as stay in a core's second-level cache with their basis.
+  // How many samples of `length` units the norm solver best takes together: all on a GPU, and for a dense weight, which
+  // is read again for every group; for a convolution on the CPU as many as stay in a core's second-level cache with
+  // their basis.
   int64_t samples_at_once(int64_t length) const {
     if (!weight.is_cpu() || weight.dim() == 2) return std::numeric_limits<int64_t>::max();
     return at::get_num_threads() * std::max<int64_t>(1, (int64_t{1} << 18) / length);
@@ -109,8 +114,8 @@ struct Operator {
 
 Tensor narrowed(const Tensor& t, bool bfloat16) { return bfloat16 ? t.to(at::kBFloat16) : t; }
 
-Tensor affine(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-              IntArrayRef dilation, int64_t groups, bool bfloat16) {
+Tensor affine(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+              IntArrayRef padding, IntArrayRef dilation, int64_t groups, bool bfloat16) {
   LOCALLIP_GUARD(weight);
   const NoAutocast no_autocast;
   const Operator op{narrowed(weight, bfloat16), stride.vec(), padding.vec(), dilation.vec(), groups};
@@ -118,15 +123,18 @@ Tensor affine(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   return op.apply(narrowed(laid_out(x), bfloat16), shift).to(weight.scalar_type());
 }
 
-// The samples from the first to the last whose gradient is not zero. Where the ball bounds every unit of a layer, the box's
-// half of the batch has none, and its convolutions need not run. Known on the CPU alone: a GPU would have to be waited for.
+// The samples from the first to the last whose gradient is not zero. Where the ball bounds every unit of a layer, the
+// box's half of the batch has none, and its convolutions need not run. Known on the CPU alone: a GPU would have to be
+// waited for.
 std::pair<int64_t, int64_t> samples_with_gradient(const Tensor& grad) {
   int64_t first = 0, last = grad.size(0);
   if (!grad.is_cpu() || grad.numel() == 0) return {first, last};
   const int64_t length = grad.numel() / last;
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "samples_with_gradient", [&] {
     const auto* g = grad.const_data_ptr<scalar_t>();
-    const auto zero = [&](int64_t b) { return std::all_of(g + b * length, g + (b + 1) * length, [](scalar_t v) { return v == 0; }); };
+    const auto zero = [&](int64_t b) {
+      return std::all_of(g + b * length, g + (b + 1) * length, [](scalar_t v) { return v == 0; });
+    };
     while (first < last && zero(first)) ++first;
     while (last > first && zero(last - 1)) --last;
   });
@@ -134,8 +142,9 @@ std::pair<int64_t, int64_t> samples_with_gradient(const Tensor& grad) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> affine_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& weight,
-                                                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                                   bool bfloat16, bool of_input, bool of_weight, bool of_bias) {
+                                                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                   int64_t groups, bool bfloat16, bool of_input, bool of_weight,
+                                                   bool of_bias) {
   LOCALLIP_GUARD(weight);
   const NoAutocast no_autocast;
   const auto options = weight.options().requires_grad(false);
@@ -162,13 +171,14 @@ std::tuple<Tensor, Tensor, Tensor> affine_backward(const Tensor& grad_in, const 
 
 // ---- masked norm ---------------------------------------------------------------------------------------------------------
 
-// Norms are float32 or float64 arithmetic, TF32 allowed or not: it would put them off by a thousandth, and above the true one.
+// Norms are float32 or float64 arithmetic, TF32 allowed or not: it would put them off by a thousandth, and above the
+// true one.
 struct FullPrecision : NoAutocast {
   const at::NoTF32Guard no_tf32;
 };
 
-// Orthonormal vectors of a group of samples: [slot][sample][...], each slot laid out as the operator wants it. A smaller group
-// uses the same memory with its slots closer together, as the kernels address them.
+// Orthonormal vectors of a group of samples: [slot][sample][...], each slot laid out as the operator wants it. A
+// smaller group uses the same memory with its slots closer together, as the kernels address them.
 struct Basis {
   Tensor slots;
   std::vector<int64_t> sizes;
@@ -180,7 +190,8 @@ struct Basis {
   Tensor at_slot(int64_t slot, int64_t samples) const {
     const int64_t length = c10::multiply_integers(sizes) / sizes[0];
     const Tensor t = slots.narrow(0, slot * samples * length, samples * length);
-    return sizes.size() == 4 ? t.view({samples, sizes[2], sizes[3], sizes[1]}).permute({0, 3, 1, 2}) : t.view({samples, sizes[1]});
+    return sizes.size() == 4 ? t.view({samples, sizes[2], sizes[3], sizes[1]}).permute({0, 3, 1, 2})
+                             : t.view({samples, sizes[1]});
   }
 };
 
@@ -189,7 +200,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
                                                IntArrayRef input_shape, IntArrayRef stride, IntArrayRef padding,
                                                IntArrayRef dilation, int64_t groups, int64_t iterations) {
   LOCALLIP_GUARD(weight_in);
-  TORCH_CHECK(weight_in.dim() == 2 || weight_in.dim() == 4, "weight: got ", weight_in.dim(), " dimensions, want 2 or 4");
+  TORCH_CHECK(weight_in.dim() == 2 || weight_in.dim() == 4, "weight: got ", weight_in.dim(),
+              " dimensions, want 2 or 4");
   TORCH_CHECK(iterations >= 0, "iterations: got ", iterations, ", want at least 0");
   const FullPrecision full_precision;
   const Operator op{laid_out(weight_in.detach()), stride.vec(), padding.vec(), dilation.vec(), groups};
@@ -198,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
   const auto check = [&](const char* name, const OptionalTensor& t, IntArrayRef sizes, bool broadcast) {
     if (!t) return;
     TORCH_CHECK(t->device() == weight_in.device(), name, ": got device ", t->device(), ", want ", weight_in.device());
-    TORCH_CHECK(t->sizes() == sizes || (broadcast && t->sizes() == IntArrayRef(with_batch(1, sizes))), name, ": got shape ",
-                t->sizes(), ", want ", sizes);
+    TORCH_CHECK(t->sizes() == sizes || (broadcast && t->sizes() == IntArrayRef(with_batch(1, sizes))), name,
+                ": got shape ", t->sizes(), ", want ", sizes);
   };
   check("row_mask", row_mask, output_shape, false);
   check("col_mask", col_mask, input_shape, false);
@@ -209,7 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
   const int64_t batch = input_shape[0];
   Tensor right = empty(input_shape, options), left = empty(output_shape, options), sigma = at::empty({batch}, options);
   if (batch == 0) return {sigma, right, left};
-  // A few samples at a time on the CPU, so that their bases stay in cache from one pass to the next. Buffers are reused.
+  // A few samples at a time on the CPU, so that their bases stay in cache from one pass to the next. Buffers are
+  // reused.
   const int64_t columns = right.numel() / batch, rows = left.numel() / batch;
   const int64_t at_once = std::min(batch, op.samples_at_once(std::max(rows, columns)));
   const int64_t window = std::min<int64_t>(iterations + 1, kWindow);
@@ -218,7 +231,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
   const Basis left_basis(window, with_batch(at_once, output_shape), options);
   const auto doubles = options.dtype(at::kDouble);
   const Tensor projected = at::empty({at_once, kWindow, kWindow}, doubles);
-  const Tensor right_rotation = at::empty({at_once, kKept, kWindow}, doubles), left_rotation = at::empty_like(right_rotation);
+  const Tensor right_rotation = at::empty({at_once, kKept, kWindow}, doubles),
+               left_rotation = at::empty_like(right_rotation);
 
   for (int64_t first = 0; first < batch; first += at_once) {
     const int64_t samples = std::min(at_once, batch - first);
@@ -242,7 +256,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
                      Breakdown::kDrop, restarts, 0u, small);
         ++count;
         if (step == iterations) break;
-        Tensor back = std::get<0>(op.gradients(left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples), true, false));
+        Tensor back = std::get<0>(
+            op.gradients(left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples), true, false));
         LOCALLIP_RUN(weight_in, extend_basis, q, back.mutable_data_ptr<scalar_t>(), col_bytes, count, samples, columns,
                      Breakdown::kReplace, restarts, static_cast<uint32_t>(step + 1), static_cast<double*>(nullptr));
         if (count < kWindow) continue;
@@ -265,9 +280,10 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const Op
   return {sigma, right, left};
 }
 
-// d sigma = left^T diag(row) dW diag(col) right with the singular vectors held constant; they are zero where the masks are.
-Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tensor& right, const Tensor& left, IntArrayRef stride,
-                            IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+// d sigma = left^T diag(row) dW diag(col) right with the singular vectors held constant; they are zero where the masks
+// are.
+Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tensor& right, const Tensor& left,
+                            IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   LOCALLIP_GUARD(weight);
   const FullPrecision full_precision;
   const Operator op{weight, stride.vec(), padding.vec(), dilation.vec(), groups};
@@ -297,8 +313,9 @@ struct Pattern {
   int64_t batch, outer, inner;
   std::vector<int64_t> sizes;  // of one array over the batch
 
-  Pattern(const Tensor& values_in, const OptionalTensor& half_width_in, const Tensor& row_norms_in, const Tensor& radius_in,
-          const std::string& name, const OptionalTensor& first_in, const OptionalTensor& second_in)
+  Pattern(const Tensor& values_in, const OptionalTensor& half_width_in, const Tensor& row_norms_in,
+          const Tensor& radius_in, const std::string& name, const OptionalTensor& first_in,
+          const OptionalTensor& second_in)
       : activation(activation_named(name)),
         paired(is_paired(activation)),
         box(half_width_in.has_value()),
@@ -310,9 +327,10 @@ struct Pattern {
     sizes = with_batch(batch, values.sizes());
     TORCH_CHECK(values.dim() >= 2 && values.dim() != 3 && values.dim() <= 4, "values: got shape ", values.sizes(),
                 ", want (B, units) or (B, C, H, W)");
-    TORCH_CHECK(values.size(0) == (box ? 2 * batch : batch), "values: got ", values.size(0), " rows, want ", box ? 2 * batch : batch);
-    TORCH_CHECK(!box || half_width->sizes() == IntArrayRef(sizes), "half_width: got shape ", box ? half_width->sizes() : sizes,
-                ", want ", sizes);
+    TORCH_CHECK(values.size(0) == (box ? 2 * batch : batch), "values: got ", values.size(0), " rows, want ",
+                box ? 2 * batch : batch);
+    TORCH_CHECK(!box || half_width->sizes() == IntArrayRef(sizes), "half_width: got shape ",
+                box ? half_width->sizes() : sizes, ", want ", sizes);
     TORCH_CHECK(row_norms.sizes() == IntArrayRef(sizes) || row_norms.sizes() == IntArrayRef(with_batch(1, sizes)),
                 "squared_row_norms: got shape ", row_norms.sizes(), ", want ", sizes, " or one row of it");
     const int64_t units = batch ? values.numel() / values.size(0) : 0;
@@ -328,30 +346,39 @@ struct Pattern {
     const auto take = [&](const char* threshold, const OptionalTensor& t, bool wanted) -> OptionalTensor {
       TORCH_CHECK(t.has_value() == wanted, threshold, ": ", wanted ? "wanted" : "not wanted", " for activation ", name);
       if (!wanted) return std::nullopt;
-      TORCH_CHECK(t->sizes() == IntArrayRef(threshold_sizes), threshold, ": got shape ", t->sizes(), ", want ", threshold_sizes);
+      TORCH_CHECK(t->sizes() == IntArrayRef(threshold_sizes), threshold, ": got shape ", t->sizes(), ", want ",
+                  threshold_sizes);
       return laid_out(*t);
     };
     first = take("first", first_in, activation == Activation::kClippedRelu || activation == Activation::kClippedMaxMin);
     second = take("second", second_in, activation == Activation::kClippedMaxMin);
     for (const auto& t : {OptionalTensor(row_norms), OptionalTensor(radius), half_width, first, second})
       TORCH_CHECK(!t || (t->scalar_type() == values.scalar_type() && t->device() == values.device()),
-                  "activation_pattern: got a tensor of ", t->scalar_type(), " on ", t->device(), ", want ", values.scalar_type(),
-                  " on ", values.device());
+                  "activation_pattern: got a tensor of ", t->scalar_type(), " on ", t->device(), ", want ",
+                  values.scalar_type(), " on ", values.device());
   }
 
   template <typename T>
   ActivationInput<T> input() const {
     const T* clean = values.const_data_ptr<T>();
     const bool shared = row_norms.size(0) != batch || batch == 1;
-    return {clean, box ? clean + values.numel() / 2 : nullptr, pointer<T>(half_width), row_norms.const_data_ptr<T>(),
-            radius.const_data_ptr<T>(), pointer<T>(first), pointer<T>(second), shared, batch, outer, inner};
+    return {clean,
+            box ? clean + values.numel() / 2 : nullptr,
+            pointer<T>(half_width),
+            row_norms.const_data_ptr<T>(),
+            radius.const_data_ptr<T>(),
+            pointer<T>(first),
+            pointer<T>(second),
+            shared,
+            batch,
+            outer,
+            inner};
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(const Tensor& values, const OptionalTensor& half_width,
-                                                                      const Tensor& squared_row_norms, const Tensor& radius,
-                                                                      const std::string& activation,
-                                                                      const OptionalTensor& first, const OptionalTensor& second) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
+    const Tensor& values, const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
+    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second) {
   LOCALLIP_GUARD(values);
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
@@ -363,8 +390,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(const Tens
   Tensor slack = at::empty({in.batch, chunks, 2}, options);
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "activation_pattern", [&] {
     auto* clean = out.mutable_data_ptr<scalar_t>();
-    const ActivationOutput<scalar_t> to = {clean,      clean + out_half.numel(), out_half.mutable_data_ptr<scalar_t>(),
-                                           bytes(row), bytes(col),               slack.mutable_data_ptr<scalar_t>()};
+    const ActivationOutput<scalar_t> to = {
+        clean,      clean + out_half.numel(),          out_half.mutable_data_ptr<scalar_t>(), bytes(row),
+        bytes(col), slack.mutable_data_ptr<scalar_t>()};
     LOCALLIP_RUN(values, activation_pattern, in.activation, in.input<scalar_t>(), to);
   });
   return {out, out_half, row, col, slack.sum(1).div_(in.paired ? units / 2 : units)};
@@ -372,13 +400,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(const Tens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_backward(
     const Tensor& grad_values, const Tensor& grad_half_width, const Tensor& grad_slack, const Tensor& values,
-    const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius, const std::string& activation,
-    const OptionalTensor& first, const OptionalTensor& second) {
+    const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
+    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second) {
   LOCALLIP_GUARD(values);
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
   const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, options); };
-  Tensor out_values = at::empty_like(in.values), out_half = like(in.half_width), out_norms = at::empty_like(in.row_norms);
+  Tensor out_values = at::empty_like(in.values), out_half = like(in.half_width),
+         out_norms = at::empty_like(in.row_norms);
   Tensor out_first = like(in.first), out_second = like(in.second);
   if (in.values.numel() == 0)
     return {out_values, out_half, out_norms.zero_(), at::zeros_like(radius), out_first.zero_(), out_second.zero_()};
@@ -418,35 +447,45 @@ struct Margin {
         weight(weight_in.contiguous()),
         labels(labels_in.contiguous()) {
     TORCH_CHECK(features.dim() == 2 && lower.sizes() == features.sizes() && upper.sizes() == features.sizes(),
-                "features, lower, upper: got shapes ", features.sizes(), ", ", lower.sizes(), ", ", upper.sizes(), ", want one (B, h)");
-    TORCH_CHECK(weight.dim() == 2 && weight.size(1) == features.size(1), "weight: got shape ", weight.sizes(), ", want (K, ",
-                features.size(1), ")");
+                "features, lower, upper: got shapes ", features.sizes(), ", ", lower.sizes(), ", ", upper.sizes(),
+                ", want one (B, h)");
+    TORCH_CHECK(weight.dim() == 2 && weight.size(1) == features.size(1), "weight: got shape ", weight.sizes(),
+                ", want (K, ", features.size(1), ")");
     TORCH_CHECK(radius.sizes() == IntArrayRef({features.size(0)}), "radius: got shape ", radius.sizes(), ", want (B,)");
-    TORCH_CHECK(labels.sizes() == radius.sizes() && labels.scalar_type() == at::kLong, "labels: got ", labels.scalar_type(), " ",
-                labels.sizes(), ", want int64 (B,)");
+    TORCH_CHECK(labels.sizes() == radius.sizes() && labels.scalar_type() == at::kLong, "labels: got ",
+                labels.scalar_type(), " ", labels.sizes(), ", want int64 (B,)");
     for (const Tensor& t : {lower, upper, radius, weight})
-      TORCH_CHECK(t.scalar_type() == features.scalar_type() && t.device() == features.device(), "margin: got a tensor of ",
-                  t.scalar_type(), " on ", t.device(), ", want ", features.scalar_type(), " on ", features.device());
-    TORCH_CHECK(labels.device() == features.device(), "labels: got device ", labels.device(), ", want ", features.device());
+      TORCH_CHECK(t.scalar_type() == features.scalar_type() && t.device() == features.device(),
+                  "margin: got a tensor of ", t.scalar_type(), " on ", t.device(), ", want ", features.scalar_type(),
+                  " on ", features.device());
+    TORCH_CHECK(labels.device() == features.device(), "labels: got device ", labels.device(), ", want ",
+                features.device());
   }
 
   template <typename T>
   MarginInput<T> input() const {
-    return {features.const_data_ptr<T>(), lower.const_data_ptr<T>(),  upper.const_data_ptr<T>(),
-            radius.const_data_ptr<T>(),   weight.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(),
-            features.size(0),             weight.size(0),             features.size(1)};
+    return {features.const_data_ptr<T>(),
+            lower.const_data_ptr<T>(),
+            upper.const_data_ptr<T>(),
+            radius.const_data_ptr<T>(),
+            weight.const_data_ptr<T>(),
+            labels.const_data_ptr<int64_t>(),
+            features.size(0),
+            weight.size(0),
+            features.size(1)};
   }
 };
 
-std::tuple<Tensor, Tensor> margin(const Tensor& features, const Tensor& lower, const Tensor& upper, const Tensor& radius,
-                                  const Tensor& weight, const Tensor& labels) {
+std::tuple<Tensor, Tensor> margin(const Tensor& features, const Tensor& lower, const Tensor& upper,
+                                  const Tensor& radius, const Tensor& weight, const Tensor& labels) {
   LOCALLIP_GUARD(features);
   const Margin in(features, lower, upper, radius, weight, labels);
   Tensor gain = at::empty({features.size(0), weight.size(0)}, features.options().requires_grad(false));
   Tensor step = at::empty_like(gain);
   if (gain.numel() == 0) return {gain, step};
   AT_DISPATCH_FLOATING_TYPES(features.scalar_type(), "margin", [&] {
-    LOCALLIP_RUN(features, margin, in.input<scalar_t>(), gain.mutable_data_ptr<scalar_t>(), step.mutable_data_ptr<scalar_t>());
+    LOCALLIP_RUN(features, margin, in.input<scalar_t>(), gain.mutable_data_ptr<scalar_t>(),
+                 step.mutable_data_ptr<scalar_t>());
   });
   return {gain, step};
 }
@@ -457,12 +496,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_backward(const Tensor&
                                                                    const Tensor& weight, const Tensor& labels) {
   LOCALLIP_GUARD(features);
   const Margin in(features, lower, upper, radius, weight, labels);
-  Tensor to_features = at::empty_like(in.features), to_lower = at::empty_like(in.lower), to_upper = at::empty_like(in.upper);
-  Tensor to_radius = at::empty_like(in.radius), to_weight = at::zeros_like(in.weight), moved = at::empty_like(in.features);
-  if (grad_gain.numel() == 0) return {to_features.zero_(), to_lower.zero_(), to_upper.zero_(), to_radius.zero_(), to_weight};
+  Tensor to_features = at::empty_like(in.features), to_lower = at::empty_like(in.lower),
+         to_upper = at::empty_like(in.upper);
+  Tensor to_radius = at::empty_like(in.radius), to_weight = at::zeros_like(in.weight),
+         moved = at::empty_like(in.features);
+  if (grad_gain.numel() == 0)
+    return {to_features.zero_(), to_lower.zero_(), to_upper.zero_(), to_radius.zero_(), to_weight};
   const Tensor grad = grad_gain.contiguous(), at_step = step.contiguous();
   AT_DISPATCH_FLOATING_TYPES(features.scalar_type(), "margin_backward", [&] {
-    const MarginGrad<scalar_t> to = {grad.const_data_ptr<scalar_t>(),         at_step.const_data_ptr<scalar_t>(),
+    const MarginGrad<scalar_t> to = {grad.const_data_ptr<scalar_t>(),          at_step.const_data_ptr<scalar_t>(),
                                      to_features.mutable_data_ptr<scalar_t>(), to_lower.mutable_data_ptr<scalar_t>(),
                                      to_upper.mutable_data_ptr<scalar_t>(),    to_radius.mutable_data_ptr<scalar_t>(),
                                      to_weight.mutable_data_ptr<scalar_t>(),   moved.mutable_data_ptr<scalar_t>()};
@@ -476,8 +518,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_backward(const Tensor&
 TORCH_LIBRARY(locallip_cuda, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   const std::string conv = "int[] stride, int[] padding, int[] dilation, int groups";
-  const std::string bounds = "Tensor values, Tensor? half_width, Tensor squared_row_norms, Tensor radius, str activation, "
-                             "Tensor? first, Tensor? second";
+  const std::string bounds =
+      "Tensor values, Tensor? half_width, Tensor squared_row_norms, Tensor radius, str activation, "
+      "Tensor? first, Tensor? second";
   const std::string last = "Tensor features, Tensor lower, Tensor upper, Tensor radius, Tensor weight, Tensor labels";
   const auto define = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
   define("affine(Tensor x, Tensor weight, Tensor? bias, " + conv + ", bool bfloat16) -> Tensor");
@@ -494,16 +537,16 @@ TORCH_LIBRARY(locallip_cuda, m) {
   define("margin_backward(Tensor grad_gain, Tensor step, " + last + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-#define LOCALLIP_REGISTER(KEY)                                             \
-  TORCH_LIBRARY_IMPL(locallip_cuda, KEY, m) {                              \
-    m.impl("affine", &affine);                                             \
-    m.impl("affine_backward", &affine_backward);                           \
-    m.impl("masked_norm", &masked_norm);                                   \
-    m.impl("masked_norm_backward", &masked_norm_backward);                 \
-    m.impl("activation_pattern", &activation_pattern);                     \
-    m.impl("activation_pattern_backward", &activation_pattern_backward);   \
-    m.impl("margin", &margin);                                             \
-    m.impl("margin_backward", &margin_backward);                           \
+#define LOCALLIP_REGISTER(KEY)                                           \
+  TORCH_LIBRARY_IMPL(locallip_cuda, KEY, m) {                            \
+    m.impl("affine", &affine);                                           \
+    m.impl("affine_backward", &affine_backward);                         \
+    m.impl("masked_norm", &masked_norm);                                 \
+    m.impl("masked_norm_backward", &masked_norm_backward);               \
+    m.impl("activation_pattern", &activation_pattern);                   \
+    m.impl("activation_pattern_backward", &activation_pattern_backward); \
+    m.impl("margin", &margin);                                           \
+    m.impl("margin_backward", &margin_backward);                         \
   }
 LOCALLIP_REGISTER(CPU)
 #ifdef LOCALLIP_CUDA

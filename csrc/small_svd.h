@@ -1,4 +1,5 @@
-// Singular value decomposition of one small square matrix by one-sided Jacobi rotations (Hestenes), for a single thread.
+// Singular value decomposition of one small square matrix by one-sided Jacobi rotations (Hestenes), for a single
+// thread.
 #pragma once
 
 #include <cmath>
@@ -8,8 +9,8 @@
 
 namespace locallip {
 
-// a (row stride `stride`, leading n x n block) becomes U * diag(sigma) with v orthogonal, so that the input was a * v^T.
-// Columns are sorted by sigma, largest first; a NaN anywhere makes sigma[0] NaN.
+// a (row stride `stride`, leading n x n block) becomes U * diag(sigma) with v orthogonal, so that the input was a *
+// v^T. Columns are sorted by sigma, largest first; a NaN anywhere makes sigma[0] NaN.
 template <int kMax>
 LOCALLIP_INLINE void small_svd(double (&a)[kMax][kMax], double (&v)[kMax][kMax], double (&sigma)[kMax], int n) {
   for (int i = 0; i < n; ++i)
@@ -64,7 +65,8 @@ LOCALLIP_INLINE void small_svd(double (&a)[kMax][kMax], double (&v)[kMax][kMax],
 
 // One sample of `decompose` in masked_norm.h.
 template <typename scalar_t>
-LOCALLIP_INLINE void decompose_one(double* projected, int count, int kept, double* right, double* left, scalar_t* sigma) {
+LOCALLIP_INLINE void decompose_one(double* projected, int count, int kept, double* right, double* left,
+                                   scalar_t* sigma) {
   double a[kWindow][kWindow], v[kWindow][kWindow], values[kWindow];
   for (int i = 0; i < count; ++i)
     for (int j = 0; j < count; ++j) a[i][j] = projected[i * kWindow + j];

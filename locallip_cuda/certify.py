@@ -1,4 +1,4 @@
-"""Certificates: whether, and how far around a sample, the prediction cannot change, and what that statement is worth."""
+"""Certificates: whether, and how far around a sample, the prediction is constant, and what that statement is worth."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .norms import ESTIMATE_ITERATIONS, check_guarantee
 class Certificate(NamedTuple):
     """Result of :func:`certify` for B samples.
 
-    prediction: (B,) int64. certified: (B,) bool, margin > 0. margin: (B,) bound over the ball of the predicted logit minus
-    the best other. lipschitz: (B,) bound of the map to the last layer's input. guarantee: "estimate" proves nothing.
+    prediction: (B,) int64. certified: (B,) bool, margin > 0. margin: (B,) bound over the ball of the predicted logit
+    minus the best other. lipschitz: (B,) bound of the map to the last layer's input. guarantee: "estimate" proves
+    nothing.
     failure_probability: chance that the statement is wrong for a sample; 1 for an estimate.
     """
 
@@ -37,10 +38,10 @@ def certify(
     guarantee: str = "probabilistic",
     failure_probability: float = 1e-9,
 ) -> Certificate:
-    """Certify the predictions of ``model`` on ``x`` (B, *input) against l2 perturbations up to ``eps``, a number or (B,).
+    """Certify the predictions of ``model`` on ``x`` (B, *input) against l2 perturbations up to ``eps``.
 
-    Only ``guarantee="estimate"`` exists yet: it says what the bounds suggest and proves nothing, because the norms in it
-    are Rayleigh quotients. Errors as :func:`locallip_cuda.local_bounds`.
+    ``eps`` is a number or (B,). Only ``guarantee="estimate"`` exists yet: it says what the bounds suggest and proves
+    nothing, because the norms in it are Rayleigh quotients. Errors as :func:`locallip_cuda.local_bounds`.
     """
     check_guarantee(guarantee, failure_probability)
     b = local_bounds(model, x, eps, iterations=ESTIMATE_ITERATIONS, guarantee=guarantee)
@@ -70,8 +71,9 @@ def certified_radius(
     def certified(eps: Tensor) -> Tensor:
         return certify(model, x, eps, guarantee=guarantee, failure_probability=failure_probability).certified
 
+    everywhere = certified(torch.tensor(float(max_eps)))
     high = x.new_full((x.shape[0],), float(max_eps))
-    low = torch.where(certified(high), high, 0)
+    low = torch.where(everywhere, high, 0)
     width = float(max_eps)
     while width > tolerance:
         middle = (low + high) / 2

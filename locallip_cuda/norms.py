@@ -27,7 +27,7 @@ GUARANTEES = ("estimate", "probabilistic", "deterministic")
 
 
 def check_guarantee(guarantee: str, failure_probability: float) -> None:
-    """Refuse an unknown guarantee (ValueError), one that is not there yet (NotImplementedError), a probability outside (0, 1)."""
+    """ValueError for an unknown guarantee or probability, NotImplementedError for a guarantee that is not there yet."""
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee: got {guarantee!r}, want one of {', '.join(map(repr, GUARANTEES))}")
     if not 0 < failure_probability < 1:
@@ -153,7 +153,9 @@ def masked_norm(
     convolution = weight.dim() == 4
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups: got {groups!r}, want a positive divisor of weight's {weight.shape[0]} output channels")
+        raise ValueError(
+            f"groups: got {groups!r}, want a positive divisor of weight's {weight.shape[0]} output channels"
+        )
     if not convolution and (stride, padding, dilation, groups) != ([1, 1], [0, 0], [1, 1], 1):
         raise ValueError("stride, padding, dilation, groups: got one for a dense weight (m, n), want the defaults")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
@@ -171,14 +173,18 @@ def masked_norm(
         if len(input_shape) != 3 or input_shape[0] != channels or min(input_shape) < 1:
             name = "input_size" if col_mask is None else "col_mask"
             raise ValueError(f"{name}: got {tuple(input_shape)}, want (Cin, H, W) with Cin = {channels}")
-        spatial = [_output_size(input_shape[i + 1], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+        spatial = [
+            _output_size(input_shape[i + 1], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
+        ]
         if min(spatial) < 1:
             raise ValueError(f"input_size: got {tuple(input_shape)}, want an input no smaller than the dilated kernel")
         output_shape = [weight.shape[0], *spatial]
     else:
         input_shape, output_shape = [weight.shape[1]], [weight.shape[0]]
         if input_size is not None and list(input_size) != input_shape:
-            raise ValueError(f"input_size: got {tuple(input_size)}, want None or ({input_shape[0]},) for a dense weight")
+            raise ValueError(
+                f"input_size: got {tuple(input_size)}, want None or ({input_shape[0]},) for a dense weight"
+            )
     _check_mask("row_mask", row_mask, output_shape, weight)
     _check_mask("col_mask", col_mask, input_shape, weight)
     batches = {mask.shape[0] for mask in (row_mask, col_mask) if mask is not None}

@@ -76,10 +76,10 @@ def activation_pattern(
 
     The pre-activation box [centre - half_width, centre + half_width] is intersected with the ball
     clean +- radius * sqrt(squared_row_norms). The ball behind the activation, h +- r_l, needs no pass of its own: a
-    surviving row's norm is at most the masked operator norm, so the intersection with it is never tighter than this one.
+    surviving row's norm is at most the masked operator norm, so intersecting with it never tightens this one.
 
     Args:
-        values: clean pre-activations (B, *shape), followed by the box centres where there is a box: (2B, *shape).
+        values: clean pre-activations (B, *shape), followed by the box centres where there is a box, (2B, *shape).
         half_width: (B, *shape), or None where only the ball bounds the units.
         squared_row_norms: (B, *shape), or (1, *shape) for all samples.
         radius: (B,) of the ball at the layer's input.
@@ -99,7 +99,7 @@ def activation_pattern(
 
 
 def margin(features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """(B, K): the most logit j can gain on the label's logit; 0 at the label. Lagrangian dual, so never too small.
+    """(B, K): the most logit j can gain on the label's logit, 0 at the label; a Lagrangian dual, so never too small.
 
     gain[b, j] = max (w_j - w_y) . delta over ||delta|| <= radius_b, lower_b <= features_b + delta <= upper_b.
 
@@ -112,7 +112,7 @@ def margin(features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weigh
     return gain
 
 
-# ---- fake kernels: shapes and layouts without data ---------------------------------------------------------------------
+# ---- fake kernels: shapes and layouts without data ----
 
 
 def _laid_out(like: Tensor, shape: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
@@ -120,7 +120,9 @@ def _laid_out(like: Tensor, shape: Sequence[Any], dtype: torch.dtype | None = No
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
-def _output_shape(weight, input_shape, stride, padding, dilation):  # type: ignore[no-untyped-def]
+def _output_shape(
+    weight: Tensor, input_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
     output = [input_shape[0], weight.shape[0]]
     if weight.dim() == 4:
         output += [
@@ -183,7 +185,7 @@ def _(grad_gain, step, features, lower, upper, radius, weight, labels):  # type:
     return tuple(t.new_empty(t.shape) for t in (features, lower, upper, radius, weight))
 
 
-# ---- gradients ---------------------------------------------------------------------------------------------------------
+# ---- gradients ----
 
 
 def _affine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

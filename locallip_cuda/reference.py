@@ -17,16 +17,22 @@ from torch import Tensor
 NOISE = 0.1
 
 
-def apply_operator(
-    weight: Tensor, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+def affine(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
-    """``W x`` for a dense weight (m, n) and x (B, n), or a convolution weight (Cout, Cin/groups, kH, kW) and x (B, Cin, H, W)."""
+    """``W x + bias`` for a dense weight (m, n) and x (B, n), or a convolution weight and x (B, Cin, H, W)."""
     if weight.dim() == 2:
-        return x @ weight.T
-    return F.conv2d(x, weight, None, list(stride), list(padding), list(dilation), groups)
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
 
 
-def apply_adjoint(
+def adjoint(
     weight: Tensor,
     y: Tensor,
     input_shape: Sequence[int],
@@ -39,11 +45,14 @@ def apply_adjoint(
     if weight.dim() == 2:
         return y @ weight
     shape = [y.shape[0], *input_shape]
-    return torch.nn.grad.conv2d_input(shape, weight, y, list(stride), list(padding), list(dilation), groups)
+    x = y.new_zeros(shape).requires_grad_()
+    with torch.enable_grad():
+        image = affine(x, weight.detach(), None, stride, padding, dilation, groups)
+    return torch.autograd.grad(image, x, y)[0]
 
 
 def pseudo_random(shape: Sequence[int], seed: int, like: Tensor) -> Tensor:
-    """Numbers in [-1, 1], none of them 0, that depend on ``seed`` and the channels-last index alone, so every device draws the same."""
+    """Numbers in [-1, 1], none of them 0, from ``seed`` and the channels-last index alone: the same on every device."""
     last = [shape[0], *shape[2:], shape[1]] if len(shape) == 4 else list(shape)
     low32 = 0xFFFFFFFF
     h = (torch.arange(math.prod(shape), device=like.device) * 0x9E3779B9 + seed * 0x85EBCA6B) & low32
@@ -66,7 +75,7 @@ def masked_norm(
     groups: int,
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest singular value of ``diag(row) W diag(col)`` on a Krylov space of A^T A with ``iterations + 1`` dimensions.
+    """Largest singular value of ``diag(row) W diag(col)`` on a Krylov space with ``iterations + 1`` dimensions.
 
     The space is orthonormalised twice and never restarted, and the singular value of its image is LAPACK's.
     Returns (sigma (B,), right ``input_shape``, left (B, *output)), the vectors without a gradient.
@@ -81,7 +90,7 @@ def masked_norm(
         return x if col_mask is None else torch.where(col_mask, x, 0)
 
     def forward(x: Tensor) -> Tensor:
-        z = apply_operator(weight, x, *conv)
+        z = affine(x, weight, None, *conv)
         return z if row_mask is None else torch.where(row_mask, z, 0)
 
     with torch.no_grad():
@@ -96,7 +105,7 @@ def masked_norm(
                     x = x - q * (q * x).flatten(1).sum(1).view(-1, *[1] * (x.dim() - 1))
             right.append(unit(x))
             left.append(forward(right[-1]))
-            x = project(apply_adjoint(weight, left[-1], input_shape[1:], *conv))
+            x = project(adjoint(weight, left[-1], input_shape[1:], *conv))
         basis = torch.stack([q.flatten(1) for q in right], 2)
         image = torch.stack([z.flatten(1) for z in left], 2)
         u, s, vh = torch.linalg.svd(image, full_matrices=False)
@@ -117,7 +126,7 @@ def activation_pattern(
     first: Tensor | None,
     second: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Bounds in; masks, post-activation box and sparsity terms out; shapes as :func:`locallip_cuda.ops.activation_pattern`."""
+    """Bounds in; masks, post-activation box and sparsity terms out, as :func:`locallip_cuda.ops.activation_pattern`."""
     batch = radius.shape[0]
     clean = values[:batch]
     reach = radius.view(-1, *[1] * (clean.dim() - 1)) * squared_row_norms.clamp_min(0).sqrt()
@@ -137,7 +146,10 @@ def activation_pattern(
         def maxmin(p: Tensor, q: Tensor) -> Tensor:
             largest, smallest = torch.where(p >= q, p, q), torch.where(p >= q, q, p)
             if first is not None and second is not None:
-                largest, smallest = torch.where(largest < first, largest, first), torch.where(smallest > second, smallest, second)
+                largest, smallest = (
+                    torch.where(largest < first, largest, first),
+                    torch.where(smallest > second, smallest, second),
+                )
             return torch.cat([largest, smallest], 1)
 
         outputs = [maxmin(p, q) for p, q in ((a, b), (lower_a, lower_b), (upper_a, upper_b))]
@@ -153,14 +165,15 @@ def activation_pattern(
             row_mask = torch.cat([row_a, row_b], 1)
             slack = torch.stack([mean(first - top) + mean(bottom - second), zero], 1)
     else:
-        phi = {
-            "identity": lambda z: z,
-            "relu": F.relu,
-            "clipped_relu": lambda z: torch.where(z < first, F.relu(z), first),  # at z == theta the unit is clipped
-        }[activation]
+
+        def phi(z: Tensor) -> Tensor:
+            if activation == "identity":
+                return z
+            return F.relu(z) if first is None else torch.where(z < first, F.relu(z), first)  # z == theta is clipped
+
         outputs = [phi(z) for z in (clean, lower, upper)]
         row_mask = torch.ones_like(clean, dtype=torch.bool) if activation == "identity" else ~(upper <= 0)
-        if activation == "clipped_relu":
+        if first is not None:
             row_mask = row_mask & ~(lower >= first)
         col_mask = row_mask
         slack = torch.stack(
@@ -170,9 +183,7 @@ def activation_pattern(
     return torch.cat([out, (low + high) / 2]), (high - low) / 2, row_mask, col_mask, slack
 
 
-def margin(
-    features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weight: Tensor, labels: Tensor
-) -> Tensor:
+def margin(features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """gain[b, j] = min over lambda > 0 of the dual of max (w_j - w_y) . delta over the ball and the box, by bisection.
 
     Shapes: features, lower, upper (B, h), radius (B,), weight (K, h), labels (B,) -> (B, K), 0 at the label.

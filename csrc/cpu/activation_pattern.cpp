@@ -1,5 +1,5 @@
-// Forward: one thread a sample. Backward: one thread a chunk of units, the samples one after another, so that what is summed
-// over the batch (thresholds, shared row norms) stays in the chunk's cache and in one fixed order.
+// Forward: one thread a sample. Backward: one thread a chunk of units, the samples one after another, so that what is
+// summed over the batch (thresholds, shared row norms) stays in the chunk's cache and in one fixed order.
 #include "../activation_pattern.h"
 
 #include <ATen/Parallel.h>
@@ -22,8 +22,8 @@ Rows rows_of(int64_t chunk, int64_t outer, int64_t inner) {
   return {chunk * rows, std::min(outer, (chunk + 1) * rows), 0, inner};
 }
 
-// What a loop over units (or pairs) of one sample reads and writes: pointers to its first unit. Loops take copies, because the
-// byte-wide mask stores could otherwise change the pointers for all that the compiler knows.
+// What a loop over units (or pairs) of one sample reads and writes: pointers to its first unit. Loops take copies,
+// because the byte-wide mask stores could otherwise change the pointers for all that the compiler knows.
 template <typename T>
 struct InputRow {
   const T *clean, *centre, *half_width, *squared_row_norms, *first, *second;
@@ -75,8 +75,8 @@ LOCALLIP_INLINE void forward_at(const InputRow<T>& in, const OutputRow<T>& out, 
   const Bounds<T> a = bounds_at<kBox>(in, i);
   if constexpr (is_paired(kActivation)) {
     const int64_t j = i + in.inner;
-    const auto r =
-        pair_forward<kClipped, T>(a, bounds_at<kBox>(in, j), kClipped ? in.first[i] : T(0), kClipped ? in.second[i] : T(0));
+    const auto r = pair_forward<kClipped, T>(a, bounds_at<kBox>(in, j), kClipped ? in.first[i] : T(0),
+                                             kClipped ? in.second[i] : T(0));
     store(out, i, r.largest, r.row_a, r.column_largest);
     store(out, j, r.smallest, r.row_b, r.column_smallest);
     *slack0 = r.slack;
@@ -97,8 +97,8 @@ LOCALLIP_INLINE Bounds<T> grad_at(const GradRow<T>& grad, int64_t i) {
 
 template <bool kBox, typename T>
 LOCALLIP_INLINE T store_grad(const InputRow<T>& in, const GradRow<T>& grad, int64_t i, Bounds<T> value) {
-  const auto g = intersect_backward<T>(in.clean[i], in.radius, in.squared_row_norms[i], kBox, kBox ? in.centre[i] : T(0),
-                                       kBox ? in.half_width[i] : T(0), value);
+  const auto g = intersect_backward<T>(in.clean[i], in.radius, in.squared_row_norms[i], kBox,
+                                       kBox ? in.centre[i] : T(0), kBox ? in.half_width[i] : T(0), value);
   grad.to_clean[i] = g.clean;
   if (kBox) {
     grad.to_centre[i] = g.centre;
@@ -121,16 +121,16 @@ LOCALLIP_INLINE void backward_at(const InputRow<T>& in, const GradRow<T>& grad, 
     *radius_grad = store_grad<kBox>(in, grad, i, grad_a) + store_grad<kBox>(in, grad, j, grad_b);
   } else {
     const T slack[2] = {grad.slack0, grad.slack1};
-    const Bounds<T> grad_a = unit_backward<kActivation, T>(a, kActivation == Activation::kClippedRelu ? in.first[i] : T(0),
-                                                           grad_at(grad, i), slack, thresholds.first);
+    const Bounds<T> grad_a = unit_backward<kActivation, T>(
+        a, kActivation == Activation::kClippedRelu ? in.first[i] : T(0), grad_at(grad, i), slack, thresholds.first);
     *radius_grad = store_grad<kBox>(in, grad, i, grad_a);
   }
   if (kClipped || kActivation == Activation::kClippedRelu) grad.to_first[i] += thresholds.first;
   if (kClipped) grad.to_second[i] += thresholds.second;
 }
 
-// Terms of a sum are stored by the vector loop and added up by a second one: a sum in the first would keep compilers from
-// making vector code of it.
+// Terms of a sum are stored by the vector loop and added up by a second one: a sum in the first would keep compilers
+// from making vector code of it.
 constexpr int64_t kTerms = 256;
 
 template <typename T>
@@ -157,8 +157,8 @@ LOCALLIP_MULTIVERSION void forward_row(const InputRow<T>& in_row, const OutputRo
 }
 
 template <Activation kActivation, bool kBox, typename T>
-LOCALLIP_MULTIVERSION void backward_row(const InputRow<T>& in_row, const GradRow<T>& grad_row, int64_t first, int64_t last,
-                                        T* radius_grad) {
+LOCALLIP_MULTIVERSION void backward_row(const InputRow<T>& in_row, const GradRow<T>& grad_row, int64_t first,
+                                        int64_t last, T* radius_grad) {
   const InputRow<T> in = in_row;
   const GradRow<T> grad = grad_row;
   T terms[kTerms];
@@ -178,7 +178,8 @@ void run_forward(const ActivationInput<T>& in, const ActivationOutput<T>& out) {
       T slack[2] = {0, 0};
       for (int64_t o = 0; o < in.outer; ++o) {
         const int64_t at = (b * in.outer + o) * width;
-        const OutputRow<T> to = {out.clean + at, out.centre + at, out.half_width + at, out.row_mask + at, out.col_mask + at};
+        const OutputRow<T> to = {out.clean + at, out.centre + at, out.half_width + at, out.row_mask + at,
+                                 out.col_mask + at};
         forward_row<kActivation, kBox>(InputRow<T>(in, b, o, is_paired(kActivation)), to, in.inner, slack);
       }
       out.slack[2 * b] = slack[0];
@@ -188,7 +189,8 @@ void run_forward(const ActivationInput<T>& in, const ActivationOutput<T>& out) {
 }
 
 template <Activation kActivation, bool kBox, typename T>
-void run_backward(const ActivationInput<T>& in, const ActivationOutputGrad<T>& grad, const ActivationInputGrad<T>& out) {
+void run_backward(const ActivationInput<T>& in, const ActivationOutputGrad<T>& grad,
+                  const ActivationInputGrad<T>& out) {
   const int64_t width = is_paired(kActivation) ? 2 * in.inner : in.inner;
   at::parallel_for(0, activation_pattern_chunks(in.outer, in.inner, true), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -210,11 +212,12 @@ void run_backward(const ActivationInput<T>& in, const ActivationOutputGrad<T>& g
                                   out.second + o * in.inner};
           const int64_t count = rows.inner_end - rows.inner_begin;
           if (b == 0 || !in.row_norms_shared)
-            for (int64_t k = 0; k < width; k += in.inner) std::fill_n(row.to_squared + rows.inner_begin + k, count, T(0));
+            for (int64_t k = 0; k < width; k += in.inner)
+              std::fill_n(row.to_squared + rows.inner_begin + k, count, T(0));
           if (b == 0 && out.first) std::fill_n(row.to_first + rows.inner_begin, count, T(0));
           if (b == 0 && out.second) std::fill_n(row.to_second + rows.inner_begin, count, T(0));
-          backward_row<kActivation, kBox>(InputRow<T>(in, b, o, is_paired(kActivation)), row, rows.inner_begin, rows.inner_end,
-                                          &radius_grad);
+          backward_row<kActivation, kBox>(InputRow<T>(in, b, o, is_paired(kActivation)), row, rows.inner_begin,
+                                          rows.inner_end, &radius_grad);
         }
         out.radius[chunk * in.batch + b] = radius_grad;
       }
@@ -232,21 +235,25 @@ int64_t activation_pattern_chunks(int64_t outer, int64_t inner, bool backward) {
 }
 
 template <typename scalar_t>
-void activation_pattern(Activation activation, const ActivationInput<scalar_t>& in, const ActivationOutput<scalar_t>& out) {
-  with_constants(activation, in.half_width != nullptr, [&](auto kind, auto box) { run_forward<kind(), box()>(in, out); });
+void activation_pattern(Activation activation, const ActivationInput<scalar_t>& in,
+                        const ActivationOutput<scalar_t>& out) {
+  with_constants(activation, in.half_width != nullptr,
+                 [&](auto kind, auto box) { run_forward<kind(), box()>(in, out); });
 }
 
 template <typename scalar_t>
 void activation_pattern_backward(Activation activation, const ActivationInput<scalar_t>& in,
-                                 const ActivationOutputGrad<scalar_t>& grad_out, const ActivationInputGrad<scalar_t>& grad_in) {
+                                 const ActivationOutputGrad<scalar_t>& grad_out,
+                                 const ActivationInputGrad<scalar_t>& grad_in) {
   with_constants(activation, in.half_width != nullptr,
                  [&](auto kind, auto box) { run_backward<kind(), box()>(in, grad_out, grad_in); });
 }
 
-#define LOCALLIP_INSTANTIATE(scalar_t)                                                                              \
+#define LOCALLIP_INSTANTIATE(scalar_t)                                                                               \
   template void activation_pattern(Activation, const ActivationInput<scalar_t>&, const ActivationOutput<scalar_t>&); \
   template void activation_pattern_backward(Activation, const ActivationInput<scalar_t>&,                            \
-                                            const ActivationOutputGrad<scalar_t>&, const ActivationInputGrad<scalar_t>&);
+                                            const ActivationOutputGrad<scalar_t>&,                                   \
+                                            const ActivationInputGrad<scalar_t>&);
 LOCALLIP_INSTANTIATE(float)
 LOCALLIP_INSTANTIATE(double)
 

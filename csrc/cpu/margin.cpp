@@ -1,5 +1,6 @@
-// Forward: one thread a sample, its room and clean values stay in cache for all classes. Backward: once over the samples for
-// the features' side, once over the classes for the weight's, so that every sum has one owner and one order.
+// Forward: one thread a sample, its room and clean values stay in cache for all classes. Backward: once over the
+// samples for the features' side, once over the classes for the weight's, so that every sum has one owner and one
+// order.
 #include "../margin.h"
 
 #include <ATen/Parallel.h>
@@ -76,7 +77,8 @@ void solve(const T* direction, const T* low, const T* high, int64_t width, T* ga
 
 // delta of one pair into `delta`; adds weighted gradients of the room and the radius.
 template <typename T>
-LOCALLIP_MULTIVERSION T displacement(const T* own, const T* other, const T* low, const T* high, T step, T* delta, int64_t width) {
+LOCALLIP_MULTIVERSION T displacement(const T* own, const T* other, const T* low, const T* high, T step, T* delta,
+                                     int64_t width) {
   T square = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t i = 0; i < width; ++i) {
@@ -87,8 +89,8 @@ LOCALLIP_MULTIVERSION T displacement(const T* own, const T* other, const T* low,
 }
 
 template <typename T>
-LOCALLIP_MULTIVERSION void add_room_grad(const T* own, const T* other, const T* low, const T* high, T step, T grad, T* grad_low,
-                                         T* grad_high, int64_t width) {
+LOCALLIP_MULTIVERSION void add_room_grad(const T* own, const T* other, const T* low, const T* high, T step, T grad,
+                                         T* grad_low, T* grad_high, int64_t width) {
   const T multiplier = 1 / step;
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
@@ -172,7 +174,8 @@ void margin_backward(const MarginInput<scalar_t>& in, const MarginGrad<scalar_t>
         const scalar_t g = grad.grad_gain[b * in.classes + j], t = grad.step[b * in.classes + j];
         if (g == 0 || t == 0) continue;
         room(in, b, scalar_t(1), low.data(), high.data());
-        displacement(in.weight + in.labels[b] * width, in.weight + j * width, low.data(), high.data(), t, delta.data(), width);
+        displacement(in.weight + in.labels[b] * width, in.weight + j * width, low.data(), high.data(), t, delta.data(),
+                     width);
         add_scaled(out, delta.data(), g, width);
       }
     }

@@ -61,8 +61,8 @@ LOCALLIP_MULTIVERSION double masked_square(const scalar_t* x, const uint8_t* mas
 
 // x -= its part in the basis; coefficients (if not null) gain it. Returns |x|^2 before, and stores |x|^2 after.
 template <typename scalar_t>
-double orthogonalise(scalar_t* x, const scalar_t* basis, int64_t slot_stride, int count, int64_t n, double* coefficients,
-                     double* after) {
+double orthogonalise(scalar_t* x, const scalar_t* basis, int64_t slot_stride, int count, int64_t n,
+                     double* coefficients, double* after) {
   double before = 0, part[kWindow] = {};
   for (int64_t at = 0; at < n; at += kBlock) {
     const int64_t m = std::min(kBlock, n - at);
@@ -118,7 +118,8 @@ void extend_basis(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int co
       double coefficients[kWindow] = {}, after = 0;
       if (own_mask) apply_mask(x, own_mask, length);
       const double before = orthogonalise(x, own, slot_stride, count, length, coefficients, &after);
-      if (twice || after < kReorthogonalise * before) orthogonalise(x, own, slot_stride, count, length, coefficients, &after);
+      if (twice || after < kReorthogonalise * before)
+        orthogonalise(x, own, slot_stride, count, length, coefficients, &after);
       double norm = std::sqrt(after);
       if (norm <= noise * std::sqrt(before)) {
         norm = 0;
@@ -148,8 +149,8 @@ template <typename scalar_t>
 void decompose(double* projected, int count, int kept, int64_t batch, double* right, double* left, scalar_t* sigma) {
   at::parallel_for(0, batch, 16, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      decompose_one(projected + b * kWindow * kWindow, count, kept, right + b * kept * kWindow, left + b * kept * kWindow,
-                    sigma + b);
+      decompose_one(projected + b * kWindow * kWindow, count, kept, right + b * kept * kWindow,
+                    left + b * kept * kWindow, sigma + b);
   });
 }
 
@@ -166,7 +167,8 @@ void rotate_basis(const scalar_t* basis, const double* rotation, int count, int 
         for (int i = 0; i < kept; ++i) {
           std::fill_n(block[i], m, scalar_t(0));
           for (int j = 0; j < count; ++j)
-            subtract(block[i], basis + j * slot_stride + b * length + at, static_cast<scalar_t>(-own[i * kWindow + j]), m);
+            subtract(block[i], basis + j * slot_stride + b * length + at, static_cast<scalar_t>(-own[i * kWindow + j]),
+                     m);
         }
         for (int i = 0; i < kept; ++i) std::copy_n(block[i], m, out + i * slot_stride + b * length + at);
       }
@@ -174,10 +176,11 @@ void rotate_basis(const scalar_t* basis, const double* rotation, int count, int 
   });
 }
 
-#define LOCALLIP_INSTANTIATE(scalar_t)                                                                                     \
-  template void start_basis(scalar_t*, const scalar_t*, bool, const uint8_t*, int64_t, int64_t);                            \
-  template void extend_basis(scalar_t*, scalar_t*, const uint8_t*, int, int64_t, int64_t, Breakdown, bool, uint32_t, double*); \
-  template void decompose(double*, int, int, int64_t, double*, double*, scalar_t*);                                         \
+#define LOCALLIP_INSTANTIATE(scalar_t)                                                                               \
+  template void start_basis(scalar_t*, const scalar_t*, bool, const uint8_t*, int64_t, int64_t);                     \
+  template void extend_basis(scalar_t*, scalar_t*, const uint8_t*, int, int64_t, int64_t, Breakdown, bool, uint32_t, \
+                             double*);                                                                               \
+  template void decompose(double*, int, int, int64_t, double*, double*, scalar_t*);                                  \
   template void rotate_basis(const scalar_t*, const double*, int, int, int64_t, int64_t, scalar_t*);
 LOCALLIP_INSTANTIATE(float)
 LOCALLIP_INSTANTIATE(double)

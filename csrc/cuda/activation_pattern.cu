@@ -1,6 +1,7 @@
-// Forward: one thread a unit (or MaxMin pair) of one sample; blocks (chunk, sample) leave partial sums of the sparsity terms.
-// Backward: one thread a unit (or pair) over the whole batch, so that what is summed over the batch stays in its registers;
-// a block leaves a partial sum of the radius's gradient for every sample. Loads are coalesced over units in both.
+// Forward: one thread a unit (or MaxMin pair) of one sample; blocks (chunk, sample) leave partial sums of the sparsity
+// terms. Backward: one thread a unit (or pair) over the whole batch, so that what is summed over the batch stays in its
+// registers; a block leaves a partial sum of the radius's gradient for every sample. Loads are coalesced over units in
+// both.
 #include "../activation_pattern.h"
 
 #include "launch.cuh"
@@ -16,8 +17,8 @@ __device__ int64_t unit_of(int64_t i, int64_t inner) {
 
 template <bool kBox, typename T>
 __device__ Bounds<T> load_bounds(const ActivationInput<T>& in, int64_t at, int64_t shared_at, T radius) {
-  return intersect<T>(in.clean[at], radius * row_norm(in.squared_row_norms[shared_at]), kBox, kBox ? in.centre[at] : T(0),
-                      kBox ? in.half_width[at] : T(0));
+  return intersect<T>(in.clean[at], radius * row_norm(in.squared_row_norms[shared_at]), kBox,
+                      kBox ? in.centre[at] : T(0), kBox ? in.half_width[at] : T(0));
 }
 
 template <typename T>
@@ -37,12 +38,14 @@ __global__ void forward_kernel(ActivationInput<T> in, ActivationOutput<T> out) {
   const int64_t item = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   T slack[2] = {0, 0};
   if (item < items) {
-    const int64_t unit = unit_of<kPaired>(item, in.inner), at = b * units + unit, shared_at = in.row_norms_shared ? unit : at;
+    const int64_t unit = unit_of<kPaired>(item, in.inner), at = b * units + unit,
+                  shared_at = in.row_norms_shared ? unit : at;
     const T radius = in.radius[b];
     const Bounds<T> a = load_bounds<kBox>(in, at, shared_at, radius);
     if constexpr (kPaired) {
       const Bounds<T> c = load_bounds<kBox>(in, at + in.inner, shared_at + in.inner, radius);
-      const auto r = pair_forward<kClipped, T>(a, c, kClipped ? in.first[item] : T(0), kClipped ? in.second[item] : T(0));
+      const auto r =
+          pair_forward<kClipped, T>(a, c, kClipped ? in.first[item] : T(0), kClipped ? in.second[item] : T(0));
       store(out, at, r.largest, r.row_a, r.column_largest);
       store(out, at + in.inner, r.smallest, r.row_b, r.column_smallest);
       slack[0] = r.slack;
@@ -66,10 +69,10 @@ __device__ Bounds<T> load_grad(const ActivationOutputGrad<T>& grad, int64_t at) 
 
 // Stores the gradients of one unit of one sample; returns the radius's share.
 template <bool kBox, typename T>
-__device__ T store_grad(const ActivationInput<T>& in, const ActivationInputGrad<T>& out, int64_t at, int64_t shared_at, T radius,
-                        Bounds<T> grad, T* shared_sum) {
-  const auto g = intersect_backward<T>(in.clean[at], radius, in.squared_row_norms[shared_at], kBox, kBox ? in.centre[at] : T(0),
-                                       kBox ? in.half_width[at] : T(0), grad);
+__device__ T store_grad(const ActivationInput<T>& in, const ActivationInputGrad<T>& out, int64_t at, int64_t shared_at,
+                        T radius, Bounds<T> grad, T* shared_sum) {
+  const auto g = intersect_backward<T>(in.clean[at], radius, in.squared_row_norms[shared_at], kBox,
+                                       kBox ? in.centre[at] : T(0), kBox ? in.half_width[at] : T(0), grad);
   out.clean[at] = g.clean;
   if (kBox) {
     out.centre[at] = g.centre;
@@ -100,7 +103,8 @@ __global__ void backward_kernel(ActivationInput<T> in, ActivationOutputGrad<T> g
         const Bounds<T> c = load_bounds<kBox>(in, at + in.inner, shared_at + in.inner, radius);
         Bounds<T> grad_a, grad_c;
         pair_backward<kClipped, T>(a, c, kClipped ? in.first[item] : T(0), kClipped ? in.second[item] : T(0),
-                                   load_grad(grad, at), load_grad(grad, at + in.inner), slack[0], grad_a, grad_c, thresholds);
+                                   load_grad(grad, at), load_grad(grad, at + in.inner), slack[0], grad_a, grad_c,
+                                   thresholds);
         radius_grad = store_grad<kBox>(in, out, at, shared_at, radius, grad_a, &shared_sum[0]) +
                       store_grad<kBox>(in, out, at + in.inner, shared_at + in.inner, radius, grad_c, &shared_sum[1]);
       } else {
@@ -126,11 +130,13 @@ __global__ void backward_kernel(ActivationInput<T> in, ActivationOutputGrad<T> g
 
 }  // namespace
 
-int64_t activation_pattern_chunks(int64_t outer, int64_t inner, bool) { return (outer * inner + kThreads - 1) / kThreads; }
+int64_t activation_pattern_chunks(int64_t outer, int64_t inner, bool) {
+  return (outer * inner + kThreads - 1) / kThreads;
+}
 
 template <typename scalar_t>
-void activation_pattern(Activation activation, const ActivationInput<scalar_t>& in, const ActivationOutput<scalar_t>& out,
-                        void* stream) {
+void activation_pattern(Activation activation, const ActivationInput<scalar_t>& in,
+                        const ActivationOutput<scalar_t>& out, void* stream) {
   with_constants(activation, in.half_width != nullptr, [&](auto kind, auto box) {
     constexpr int64_t kMostSamples = 65535;  // of a grid's second dimension
     const int64_t items = in.outer * in.inner, units = is_paired(kind()) ? 2 * items : items;
@@ -155,8 +161,8 @@ void activation_pattern(Activation activation, const ActivationInput<scalar_t>& 
 
 template <typename scalar_t>
 void activation_pattern_backward(Activation activation, const ActivationInput<scalar_t>& in,
-                                 const ActivationOutputGrad<scalar_t>& grad_out, const ActivationInputGrad<scalar_t>& grad_in,
-                                 void* stream) {
+                                 const ActivationOutputGrad<scalar_t>& grad_out,
+                                 const ActivationInputGrad<scalar_t>& grad_in, void* stream) {
   with_constants(activation, in.half_width != nullptr, [&](auto kind, auto box) {
     const int64_t chunks = activation_pattern_chunks(in.outer, in.inner, true);
     backward_kernel<kind(), box()><<<chunks, kThreads, 0, as_stream(stream)>>>(in, grad_out, grad_in);
@@ -164,10 +170,12 @@ void activation_pattern_backward(Activation activation, const ActivationInput<sc
   });
 }
 
-#define LOCALLIP_INSTANTIATE(scalar_t)                                                                                      \
-  template void activation_pattern(Activation, const ActivationInput<scalar_t>&, const ActivationOutput<scalar_t>&, void*);  \
-  template void activation_pattern_backward(Activation, const ActivationInput<scalar_t>&,                                   \
-                                            const ActivationOutputGrad<scalar_t>&, const ActivationInputGrad<scalar_t>&, void*);
+#define LOCALLIP_INSTANTIATE(scalar_t)                                                                              \
+  template void activation_pattern(Activation, const ActivationInput<scalar_t>&, const ActivationOutput<scalar_t>&, \
+                                   void*);                                                                          \
+  template void activation_pattern_backward(Activation, const ActivationInput<scalar_t>&,                           \
+                                            const ActivationOutputGrad<scalar_t>&,                                  \
+                                            const ActivationInputGrad<scalar_t>&, void*);
 LOCALLIP_INSTANTIATE(float)
 LOCALLIP_INSTANTIATE(double)
 

@@ -18,8 +18,8 @@ inline void check_launch(const char* kernel) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
-// Sum over a block of kThreads threads, the same in every thread. `scratch` holds kThreads / 32 values; the sum's order is
-// fixed, so that equal inputs give equal bits.
+// Sum over a block of kThreads threads, the same in every thread. `scratch` holds kThreads / 32 values; the sum's order
+// is fixed, so that equal inputs give equal bits.
 template <typename T>
 __device__ T block_sum(T value, T* scratch) {
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);

@@ -1,6 +1,6 @@
-// Forward: one block a (class, sample) pair; directions and room are read again at every step of the climb, from L1 and L2.
-// Backward: one block a sample for the features' side, one a class for the weight's, so that every sum has one owner and one
-// order; a thread owns its units.
+// Forward: one block a (class, sample) pair; directions and room are read again at every step of the climb, from L1 and
+// L2. Backward: one block a sample for the features' side, one a class for the weight's, so that every sum has one
+// owner and one order; a thread owns its units.
 #include "../margin.h"
 
 #include "launch.cuh"
@@ -143,7 +143,7 @@ void margin_backward(const MarginInput<scalar_t>& in, const MarginGrad<scalar_t>
   check_launch("margin_backward, weight");
 }
 
-#define LOCALLIP_INSTANTIATE(scalar_t)                                              \
+#define LOCALLIP_INSTANTIATE(scalar_t)                                             \
   template void margin(const MarginInput<scalar_t>&, scalar_t*, scalar_t*, void*); \
   template void margin_backward(const MarginInput<scalar_t>&, const MarginGrad<scalar_t>&, void*);
 LOCALLIP_INSTANTIATE(float)

@@ -24,7 +24,8 @@ __device__ void randomise(scalar_t* x, const uint8_t* mask, int64_t first, uint3
 }
 
 template <typename scalar_t>
-__global__ void start_kernel(scalar_t* basis, const scalar_t* start, bool start_per_sample, const uint8_t* mask, int64_t n) {
+__global__ void start_kernel(scalar_t* basis, const scalar_t* start, bool start_per_sample, const uint8_t* mask,
+                             int64_t n) {
   __shared__ double scratch[kThreads / 32];
   const int64_t at = blockIdx.x * n;
   scalar_t* x = basis + at;
@@ -84,8 +85,8 @@ __device__ double orthogonalise(scalar_t* x, const scalar_t* basis, int64_t slot
 }
 
 template <typename scalar_t>
-__global__ void extend_kernel(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int count, int64_t n, Breakdown breakdown,
-                              bool twice, uint32_t seed, double* projected) {
+__global__ void extend_kernel(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int count, int64_t n,
+                              Breakdown breakdown, bool twice, uint32_t seed, double* projected) {
   __shared__ double scratch[kThreads / 32];
   __shared__ double coefficients[kWindow];
   const double noise = 16.0 * (sizeof(scalar_t) == 4 ? 0x1p-23 : 0x1p-52);
@@ -115,7 +116,8 @@ __global__ void extend_kernel(scalar_t* basis, scalar_t* vector, const uint8_t* 
   }
   scalar_t* out = basis + count * slot_stride + at;
   const double factor = after == 0 ? 0.0 : 1 / sqrt(after);
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) out[i] = after == 0 ? scalar_t(0) : static_cast<scalar_t>(x[i] * factor);
+  for (int64_t i = threadIdx.x; i < n; i += kThreads)
+    out[i] = after == 0 ? scalar_t(0) : static_cast<scalar_t>(x[i] * factor);
   if (projected && threadIdx.x == 0) {
     double* column = projected + blockIdx.x * kWindow * kWindow + count;
     for (int j = 0; j < count; ++j) column[j * kWindow] = coefficients[j];
@@ -135,7 +137,8 @@ __global__ void decompose_kernel(double* projected, int count, int kept, int64_t
 
 // A thread owns its units, so that `out` may be `basis`.
 template <typename scalar_t>
-__global__ void rotate_kernel(const scalar_t* basis, const double* rotation, int count, int kept, int64_t n, scalar_t* out) {
+__global__ void rotate_kernel(const scalar_t* basis, const double* rotation, int count, int kept, int64_t n,
+                              scalar_t* out) {
   __shared__ scalar_t turn[kKept][kWindow];
   if (threadIdx.x < kept * kWindow) {
     const int i = threadIdx.x / kWindow, j = threadIdx.x % kWindow;
@@ -190,11 +193,11 @@ void rotate_basis(const scalar_t* basis, const double* rotation, int count, int 
   check_launch("rotate_basis");
 }
 
-#define LOCALLIP_INSTANTIATE(scalar_t)                                                                                     \
-  template void start_basis(scalar_t*, const scalar_t*, bool, const uint8_t*, int64_t, int64_t, void*);                     \
-  template void extend_basis(scalar_t*, scalar_t*, const uint8_t*, int, int64_t, int64_t, Breakdown, bool, uint32_t,        \
-                             double*, void*);                                                                              \
-  template void decompose(double*, int, int, int64_t, double*, double*, scalar_t*, void*);                                  \
+#define LOCALLIP_INSTANTIATE(scalar_t)                                                                               \
+  template void start_basis(scalar_t*, const scalar_t*, bool, const uint8_t*, int64_t, int64_t, void*);              \
+  template void extend_basis(scalar_t*, scalar_t*, const uint8_t*, int, int64_t, int64_t, Breakdown, bool, uint32_t, \
+                             double*, void*);                                                                        \
+  template void decompose(double*, int, int, int64_t, double*, double*, scalar_t*, void*);                           \
   template void rotate_basis(const scalar_t*, const double*, int, int, int64_t, int64_t, scalar_t*, void*);
 LOCALLIP_INSTANTIATE(float)
 LOCALLIP_INSTANTIATE(double)
