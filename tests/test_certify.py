@@ -18,7 +18,7 @@ Setting = tuple[nn.Sequential, Tensor]
 
 @pytest.fixture
 def setting(device: str, trained: Callable[[str], nn.Sequential], digits: tuple[Tensor, Tensor]) -> Setting:
-    return copy.deepcopy(trained("clipped-relu")).to(device), digits[0][:40].to(device)
+    return copy.deepcopy(trained("clipped-relu")).to(device), digits[0][:20].to(device)
 
 
 def test_fields(setting: Setting, device: str) -> None:
@@ -43,16 +43,14 @@ def test_eps_per_sample_and_zero(setting: Setting, device: str) -> None:
     model, x = setting
     eps = torch.linspace(0, 0.5, len(x), dtype=torch.float64, device=device)
     c = ll.certify(model, x, eps, guarantee="estimate")
-    for i in (0, 7, 39):
+    for i in (0, 7, 19):
         alone = ll.certify(model, x[i : i + 1], float(eps[i]), guarantee="estimate")
         torch.testing.assert_close(c.margin[i : i + 1], alone.margin, rtol=1e-6, atol=1e-8)
     assert ll.certify(model, x, 0.0, guarantee="estimate").certified.all()
 
 
 def test_margin_shrinks_with_eps(setting: Setting, device: str) -> None:
-    margins = torch.stack(
-        [ll.certify(*setting, eps, guarantee="estimate").margin for eps in (0.0, 0.05, 0.1, 0.3, 1.0)]
-    )
+    margins = torch.stack([ll.certify(*setting, eps, guarantee="estimate").margin for eps in (0.0, 0.1, 0.5)])
     assert (margins[1:] < margins[:-1]).all()
 
 
@@ -75,7 +73,7 @@ def test_empty_batch(setting: Setting, device: str) -> None:
 
 def test_certified_radius_is_certified_and_tight(setting: Setting, device: str) -> None:
     model, x = setting
-    for tolerance in (0.05, 1e-3):
+    for tolerance in (0.05, 5e-3):
         radius = ll.certified_radius(model, x, max_eps=0.4, tolerance=tolerance, guarantee="estimate")
         assert radius.shape == (len(x),) and radius.dtype == x.dtype and not radius.requires_grad
         assert ((radius >= 0) & (radius <= 0.4)).all()

@@ -412,6 +412,32 @@ def test_a_sample_does_not_depend_on_its_neighbours(device: str) -> None:
         torch.testing.assert_close(alone.norm(60), together[b : b + 1], rtol=1e-5, atol=0)
 
 
+def test_many_samples_of_long_vectors(device: str) -> None:
+    """More than fit in a cache: the CPU takes them a few at a time."""
+    g = generator(8)
+    start = randn(g, 37, 70_000)
+    problem = Problem(randn(g, 3, 70_000), bits(g, 0.7, 37, 3), bits(g, 0.3, 37, 70_000), start=start)
+    problem = problem.to(device, torch.float32)
+    sigma, u, v = problem.norm(20, return_vectors=True)
+    masked = masked_matrices(problem.weight.double(), problem.row_mask, problem.col_mask)
+    true = torch.linalg.eigvalsh(masked @ masked.mT)[:, -1].clamp_min(0).sqrt()
+    assert relative(sigma, true).abs().max() < 1e-5
+    assert problem.row_mask is not None and problem.col_mask is not None
+    assert (u[~problem.col_mask] == 0).all() and (v[~problem.row_mask] == 0).all()
+    alive = (true > 0).to(u.dtype)
+    torch.testing.assert_close(u.norm(dim=1), alive, rtol=0, atol=1e-5)
+    torch.testing.assert_close(v.norm(dim=1), alive, rtol=0, atol=1e-5)
+
+    size, batch = (2, 190, 190), 6
+    conv: dict[str, Any] = {"stride": 10, "padding": 1}
+    weight = randn(g, 3, 2, 4, 4).to(device, torch.float32)
+    rows, columns = bits(g, 0.5, batch, 3, 19, 19).to(device), bits(g, 0.5, batch, *size).to(device)
+    together = ll.masked_norm(weight, rows, columns, iterations=40, **conv)
+    for k in range(batch):
+        alone = ll.masked_norm(weight, rows[k : k + 1], columns[k : k + 1], iterations=40, **conv)
+        torch.testing.assert_close(together[k : k + 1], alone, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_weights_that_are_not_finite(value: float, hidden: bool, device: str) -> None:

@@ -128,10 +128,10 @@ def judge_everything(model: nn.Sequential, x: Tensor, eps: Tensor, *, steps: int
 def test_trained_network(
     activation: str, eps: float, device: str, trained: Callable[[str], nn.Sequential], digits: tuple[Tensor, Tensor]
 ) -> None:
-    model, x = copy.deepcopy(trained(activation)).to(device), digits[0][:24].to(device)
+    model, x = copy.deepcopy(trained(activation)).to(device), digits[0][:16].to(device)
     each = torch.full((len(x),), eps, dtype=torch.float64, device=device)
     each[::3] *= 0.5
-    judge = judge_everything(model, x, each, steps=12, units=6, count=60)
+    judge = judge_everything(model, x, each, steps=8, units=4, count=40)
     # the attacks come near: bounds that were a fifth too small would not have passed
     assert judge.reached_radius > 0.2, judge.reached_radius
     assert judge.reached_box > 0.3, judge.reached_box
