@@ -230,6 +230,27 @@ def test_resume_is_exact(
     _same(tmp_path, whole)
 
 
+def test_resume_goes_on_with_the_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in a step draws from torch's generator yet; whatever comes to do so draws the same after a resume."""
+    numbers, drawn, stop = dataclasses.replace(SHORT, epochs=1), [], 0
+    original = train.Trainer._train_step
+
+    def draw(*inputs: Any) -> None:
+        original(*inputs)
+        drawn.append(torch.rand(1).item())
+        if len(drawn) == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train.Trainer, "_train_step", draw)
+    _run(tmp_path / "whole", numbers)
+    whole, drawn[:], stop = list(drawn), [], 2
+    with pytest.raises(train.Interrupted):
+        _run(tmp_path / "stopped", numbers)
+    torch.rand(3)
+    _run(tmp_path / "stopped", numbers, resume=True)
+    assert drawn == whole and len(set(whole)) == 5
+
+
 def test_resume_only_what_is_there(tmp_path: Path, whole: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint file"):
         _run(tmp_path, resume=True)
