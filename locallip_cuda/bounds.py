@@ -268,7 +268,8 @@ def local_bounds(
     modules = list(leaves(model, ""))
     last = modules[-1][1] if modules else None
     if not isinstance(last, nn.Linear):
-        raise UnsupportedModuleError(f"model: ends in {last}, want a Linear at its end")
+        end = f"model.{modules[-1][0]}: {last}" if modules else "nothing"
+        raise UnsupportedModuleError(f"model: ends in {end}, want a Linear at its end")
     propagation = _Propagation(x, _radius_of_input(eps, x), radius, iterations)
     pending: tuple[str, Operator] | None = None  # until it is known what activation follows
     for path, module in modules[:-1]:

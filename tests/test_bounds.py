@@ -522,13 +522,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "x of other channels": (
         lambda: call(x=X[:, :1]),
         ValueError,
-        r"x: model.0 gets shape \(2, 1, 6, 6\), want \(B, 2, H, W\)",
+        r"x: model.0 gets shape \(B, 1, 6, 6\), want \(B, 2, H, W\)",
     ),
-    "x flat": (lambda: call(x=X.flatten(1)), ValueError, r"x: model.0 gets shape \(2, 72\), want \(B, 2, H, W\)"),
+    "x flat": (lambda: call(x=X.flatten(1)), ValueError, r"x: model.0 gets shape \(B, 72\), want \(B, 2, H, W\)"),
     "x too small for the head": (
         lambda: call(x=X[..., :4, :4]),
         ValueError,
-        r"x: model.5 gets shape \(2, 24\), want \(B, 54\)",
+        r"x: model.5 gets shape \(B, 24\), want \(B, 54\)",
     ),
     "x in double": (
         lambda: call(x=X.double()),
