@@ -68,14 +68,14 @@ LOCALLIP_INLINE Room<T> room_of(T feature, T lower, T upper) {
 template <typename T>
 struct Displacement {
   T delta;
-  bool at_face;
+  int at_face;  // 0 or 1
 };
 
 template <typename T>
 LOCALLIP_INLINE Displacement<T> displace(T direction, Room<T> room, T step) {
   const T face = direction > 0 ? room.high : room.low;
-  const T free = direction == 0 ? T(0) : direction * step;         // 0 times infinity is 0 here
-  const bool held = !(direction > 0 ? free < face : free > face);  // a NaN face holds, and shows
+  const T free = direction == 0 ? T(0) : direction * step;        // 0 times infinity is 0 here
+  const int held = !(direction > 0 ? free < face : free > face);  // a NaN face holds, and shows
   return {direction == 0 ? T(0) : (held ? face : free), held && direction != 0};
 }
 

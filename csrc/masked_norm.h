@@ -56,8 +56,8 @@ constexpr double kReorthogonalise = 0.5;
                     Breakdown breakdown, bool twice, uint32_t seed, double* projected STREAM);                         \
   /* Singular value decomposition of the leading count x count block of `projected`: rotations [sample][kept][kWindow] \
    */                                                                                                                  \
-  /* hold the leading right and left vectors, sigma [sample] the largest value; all zero where that is zero. */                                                                                                                    \
-  /* The block becomes the diagonal of the leading `kept` values. */                                                                                                                    \
+  /* hold the leading right and left vectors, sigma [sample] the largest value; all zero where that is zero. */        \
+  /* The block becomes the diagonal of the leading `kept` values. */                                                   \
   template <typename scalar_t>                                                                                         \
   void decompose(double* projected, int count, int kept, int64_t batch, double* right, double* left,                   \
                  scalar_t* sigma STREAM);                                                                              \

@@ -290,7 +290,11 @@ Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tens
   if (right.size(0) == 0) return at::zeros_like(weight);
   std::vector<int64_t> shape(left.dim(), 1);
   shape[0] = -1;
-  return std::get<1>(op.gradients(laid_out(left * grad.view(shape)), laid_out(right), false, true));
+  // the factor goes to the smaller of the two
+  const Tensor factor = grad.view(shape);
+  return left.numel() < right.numel()
+             ? std::get<1>(op.gradients(laid_out(left * factor), laid_out(right), false, true))
+             : std::get<1>(op.gradients(laid_out(left), laid_out(right * factor), false, true));
 }
 
 // ---- activation pattern --------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from . import ops
 from .layers import IDENTITY, SUPPORTED, Activation, Operator, UnsupportedModuleError, leaves, step
 from .norms import check_guarantee
 
-# The global norms are taken for a batch of one, so their iterations are nearly free. As a start for the masked norms a
-# rough singular vector does; as a value they want to be converged.
+# The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a convolution
+# has it nearly for free, a dense layer reads its whole weight for it. As a value they want to be converged.
 START_ITERATIONS = 8
+DENSE_START_ITERATIONS = 5
 GLOBAL_ITERATIONS = 30
 
 
@@ -173,7 +174,8 @@ class _Propagation:
     def _norm(self, path: str, operator: Operator, rows: Tensor, columns: Tensor | None, sizes: list[int]) -> Tensor:
         if self.local:
             with torch.no_grad():
-                start = operator.norm(None, None, [1, *sizes], None, START_ITERATIONS)[1]
+                steps = DENSE_START_ITERATIONS if operator.conv is None else START_ITERATIONS
+                start = operator.norm(None, None, [1, *sizes], None, steps)[1]
             norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
             self.reach = self.reach * norm
         else:

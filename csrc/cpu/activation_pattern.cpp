@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "sum.h"
+
 namespace locallip::cpu {
 namespace {
 
@@ -129,23 +131,11 @@ LOCALLIP_INLINE void backward_at(const InputRow<T>& in, const GradRow<T>& grad, 
   if (kClipped) grad.to_second[i] += thresholds.second;
 }
 
-// Terms of a sum are stored by the vector loop and added up by a second one: a sum in the first would keep compilers
-// from making vector code of it.
-constexpr int64_t kTerms = 256;
-
-template <typename T>
-LOCALLIP_INLINE T sum(const T* terms, int64_t n) {
-  T total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += terms[i];
-  return total;
-}
-
 template <Activation kActivation, bool kBox, typename T>
 LOCALLIP_MULTIVERSION void forward_row(const InputRow<T>& in_row, const OutputRow<T>& out_row, int64_t n, T* slack) {
   const InputRow<T> in = in_row;
   const OutputRow<T> out = out_row;
-  T terms[2][kTerms];
+  Terms<T> terms[2];
   for (int64_t begin = 0; begin < n; begin += kTerms) {
     const int64_t end = begin + kTerms < n ? begin + kTerms : n;
 #pragma omp simd
@@ -161,7 +151,7 @@ LOCALLIP_MULTIVERSION void backward_row(const InputRow<T>& in_row, const GradRow
                                         int64_t last, T* radius_grad) {
   const InputRow<T> in = in_row;
   const GradRow<T> grad = grad_row;
-  T terms[kTerms];
+  Terms<T> terms;
   for (int64_t begin = first; begin < last; begin += kTerms) {
     const int64_t end = begin + kTerms < last ? begin + kTerms : last;
 #pragma omp simd

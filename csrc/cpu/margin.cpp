@@ -10,20 +10,34 @@
 #include <limits>
 #include <vector>
 
+#include "sum.h"
+
 namespace locallip::cpu {
 namespace {
 
 template <typename T>
+LOCALLIP_INLINE void sum_terms_at(const T* direction, const T* low, const T* high, T step, int64_t i, T* inside,
+                                  T* held, T* pulled) {
+  const auto d = displace<T>(direction[i], {low[i], high[i]}, step);
+  *inside = d.at_face ? T(0) : direction[i] * direction[i];
+  *held = d.at_face ? d.delta * d.delta : T(0);
+  *pulled = d.at_face ? d.delta * direction[i] : T(0);
+}
+
+template <typename T>
 LOCALLIP_MULTIVERSION MarginSums<T> sums_at(const T* direction, const T* low, const T* high, T step, int64_t width) {
-  T inside = 0, held = 0, pulled = 0;
-#pragma omp simd reduction(+ : inside, held, pulled)
-  for (int64_t i = 0; i < width; ++i) {
-    const auto d = displace<T>(direction[i], {low[i], high[i]}, step);
-    inside += d.at_face ? T(0) : direction[i] * direction[i];
-    held += d.at_face ? d.delta * d.delta : T(0);
-    pulled += d.at_face ? direction[i] * d.delta : T(0);
+  Terms<T> inside, held, pulled;
+  MarginSums<T> sums = {0, 0, 0};
+  for (int64_t begin = 0; begin < width; begin += kTerms) {
+    const int64_t end = begin + kTerms < width ? begin + kTerms : width;
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i)
+      sum_terms_at(direction, low, high, step, i, inside + (i - begin), held + (i - begin), pulled + (i - begin));
+    sums.inside += sum(inside, end - begin);
+    sums.held += sum(held, end - begin);
+    sums.pulled += sum(pulled, end - begin);
   }
-  return {inside, held, pulled};
+  return sums;
 }
 
 // Room of every unit in multiples of `unit`.
@@ -75,17 +89,28 @@ void solve(const T* direction, const T* low, const T* high, int64_t width, T* ga
   *gain = smaller(dual_value(sums, t), box.pulled);
 }
 
-// delta of one pair into `delta`; adds weighted gradients of the room and the radius.
 template <typename T>
-LOCALLIP_MULTIVERSION T displacement(const T* own, const T* other, const T* low, const T* high, T step, T* delta,
-                                     int64_t width) {
-  T square = 0;
-#pragma omp simd reduction(+ : square)
-  for (int64_t i = 0; i < width; ++i) {
-    delta[i] = displace<T>(other[i] - own[i], {low[i], high[i]}, step).delta;
-    square += delta[i] * delta[i];
-  }
-  return square;
+LOCALLIP_INLINE void displacement_at(const T* own, const T* other, const T* low, const T* high, T step, T* delta,
+                                     int64_t i) {
+  delta[i] = displace<T>(other[i] - own[i], {low[i], high[i]}, step).delta;
+}
+
+template <typename T>
+LOCALLIP_MULTIVERSION void displacement(const T* own, const T* other, const T* low, const T* high, T step, T* delta,
+                                        int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) displacement_at(own, other, low, high, step, delta, i);
+}
+
+// A unit at a face moves with it: d gain / d face = d - lambda delta.
+template <typename T>
+LOCALLIP_INLINE void add_room_grad_at(const T* own, const T* other, const T* low, const T* high, T step, T multiplier,
+                                      T grad, T* grad_low, T* grad_high, int64_t i) {
+  const T direction = other[i] - own[i];
+  const auto d = displace<T>(direction, {low[i], high[i]}, step);
+  const T pull = d.at_face ? grad * (direction - multiplier * d.delta) : T(0);
+  grad_high[i] += direction > 0 ? pull : T(0);
+  grad_low[i] += direction > 0 ? T(0) : pull;
 }
 
 template <typename T>
@@ -93,13 +118,8 @@ LOCALLIP_MULTIVERSION void add_room_grad(const T* own, const T* other, const T* 
                                          T* grad_low, T* grad_high, int64_t width) {
   const T multiplier = 1 / step;
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    const T direction = other[i] - own[i];
-    const auto d = displace<T>(direction, {low[i], high[i]}, step);
-    const T pull = d.at_face ? grad * (direction - multiplier * d.delta) : T(0);
-    grad_high[i] += direction > 0 ? pull : T(0);
-    grad_low[i] += direction > 0 ? T(0) : pull;
-  }
+  for (int64_t i = 0; i < width; ++i)
+    add_room_grad_at(own, other, low, high, step, multiplier, grad, grad_low, grad_high, i);
 }
 
 template <typename T>
