@@ -220,12 +220,13 @@ def test_shapes_dtypes_and_order(activation: str, dtype: torch.dtype, radius: Ra
         value = getattr(b, field)
         assert value.shape == shape and value.dtype == dtype and value.device == x.device, field
     assert b.worst_logits(y).shape == (3, 5) and b.margin(y).shape == (3,) and b.margin().dtype == dtype
-    torch.testing.assert_close(b.logits, model(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(b.features, model[:-1](x), rtol=1e-4, atol=1e-5)
+    digits = 2e-3 if dtype == torch.float32 else 1e-10  # a GPU's convolutions may use TF32
+    torch.testing.assert_close(b.logits, model(x), rtol=digits, atol=digits)
+    torch.testing.assert_close(b.features, model[:-1](x), rtol=digits, atol=digits)
     pre = [(3, 4, 6, 6), (3, 6, 3, 3), (3, 16)]
     assert [tuple(m.shape) for m in b.row_masks] == pre and [tuple(m.shape) for m in b.column_masks] == pre
     assert all(m.dtype == torch.bool for m in [*b.row_masks, *b.column_masks])
-    slack = 1e-5 if dtype == torch.float32 else 1e-12
+    slack = 1e-3 if dtype == torch.float32 else 1e-12
     assert (b.lower <= b.features + slack).all() and (b.features <= b.upper + slack).all()
     assert b.guarantee == "estimate"
 
