@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "sum.h"
 
@@ -24,8 +25,8 @@ Rows rows_of(int64_t chunk, int64_t outer, int64_t inner) {
   return {chunk * rows, std::min(outer, (chunk + 1) * rows), 0, inner};
 }
 
-// What a loop over units (or pairs) of one sample reads and writes: pointers to its first unit. Loops take copies,
-// because the byte-wide mask stores could otherwise change the pointers for all that the compiler knows.
+// What a loop over units (or pairs) of one sample reads and writes: pointers to its first unit. Loops take copies, so
+// that the compiler knows that no store changes the pointers.
 template <typename T>
 struct InputRow {
   const T *clean, *centre, *half_width, *squared_row_norms, *first, *second;
@@ -45,7 +46,8 @@ struct InputRow {
 template <typename T>
 struct OutputRow {
   T *clean, *centre, *half_width;
-  uint8_t *row_mask, *col_mask;
+  T *row_mask,
+      *col_mask;  // 0 or 1; narrowed later, as bytes would make the vector loops too wide for short rows of pairs
 };
 
 template <typename T>
@@ -160,18 +162,27 @@ LOCALLIP_MULTIVERSION void backward_row(const InputRow<T>& in_row, const GradRow
   }
 }
 
+template <typename T>
+LOCALLIP_MULTIVERSION void to_bytes(const T* mask, uint8_t* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint8_t>(mask[i]);
+}
+
 template <Activation kActivation, bool kBox, typename T>
 void run_forward(const ActivationInput<T>& in, const ActivationOutput<T>& out) {
-  const int64_t width = is_paired(kActivation) ? 2 * in.inner : in.inner;
+  const int64_t width = is_paired(kActivation) ? 2 * in.inner : in.inner, units = in.outer * width;
   at::parallel_for(0, in.batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> masks(2 * units);
     for (int64_t b = begin; b < end; ++b) {
       T slack[2] = {0, 0};
       for (int64_t o = 0; o < in.outer; ++o) {
-        const int64_t at = (b * in.outer + o) * width;
-        const OutputRow<T> to = {out.clean + at, out.centre + at, out.half_width + at, out.row_mask + at,
-                                 out.col_mask + at};
+        const int64_t in_sample = o * width, at = b * units + in_sample;
+        const OutputRow<T> to = {out.clean + at, out.centre + at, out.half_width + at, masks.data() + in_sample,
+                                 masks.data() + units + in_sample};
         forward_row<kActivation, kBox>(InputRow<T>(in, b, o, is_paired(kActivation)), to, in.inner, slack);
       }
+      to_bytes(masks.data(), out.row_mask + b * units, units);
+      to_bytes(masks.data() + units, out.col_mask + b * units, units);
       out.slack[2 * b] = slack[0];
       out.slack[2 * b + 1] = slack[1];
     }
