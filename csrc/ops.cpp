@@ -70,9 +70,20 @@ std::vector<int64_t> with_batch(int64_t batch, IntArrayRef sizes) {
 
 // ---- affine layers -------------------------------------------------------------------------------------------------------
 
-// Arithmetic is what the tensors say even where autocast narrows the layers around an op.
+// Arithmetic is what the tensors say, even where autocast narrows the layers around an op.
 struct NoAutocast {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+// Layers take TF32 where torch.backends.cuda.matmul.allow_tf32 or torch.set_float32_matmul_precision asks for it.
+// Without that, torch allows it in convolutions alone; here it is off in both, because a bound is only as good as its
+// rounding.
+struct Tf32OnRequest : NoAutocast {
+  std::optional<at::NoTF32Guard> no_tf32;
+
+  Tf32OnRequest() {
+    if (at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST) no_tf32.emplace();
+  }
 };
 
 // One weight as the linear operator it is: dense, or a zero-padded convolution.
@@ -117,7 +128,7 @@ Tensor narrowed(const Tensor& t, bool bfloat16) { return bfloat16 ? t.to(at::kBF
 Tensor affine(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
               IntArrayRef padding, IntArrayRef dilation, int64_t groups, bool bfloat16) {
   LOCALLIP_GUARD(weight);
-  const NoAutocast no_autocast;
+  const Tf32OnRequest precision;
   const Operator op{narrowed(weight, bfloat16), stride.vec(), padding.vec(), dilation.vec(), groups};
   const OptionalTensor shift = bias ? OptionalTensor(narrowed(*bias, bfloat16)) : std::nullopt;
   return op.apply(narrowed(laid_out(x), bfloat16), shift).to(weight.scalar_type());
@@ -146,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_backward(const Tensor& grad_in, const 
                                                    int64_t groups, bool bfloat16, bool of_input, bool of_weight,
                                                    bool of_bias) {
   LOCALLIP_GUARD(weight);
-  const NoAutocast no_autocast;
+  const Tf32OnRequest precision;
   const auto options = weight.options().requires_grad(false);
   const Tensor grad = laid_out(grad_in), x = laid_out(x_in);
   const auto [first, last] = samples_with_gradient(grad);

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .layers import IDENTITY, SUPPORTED, Activation, Operator, UnsupportedModuleError, leaves, step
-from .norms import check_guarantee
+from .norms import check_guarantee, values_are_at_hand
 
-# The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a convolution
-# has it nearly for free, a dense layer reads its whole weight for it. As a value they want to be converged.
+# The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a
+# convolution has it nearly for free, a dense layer reads its whole weight for it. As a value they want to be converged.
 START_ITERATIONS = 8
 DENSE_START_ITERATIONS = 5
 GLOBAL_ITERATIONS = 30
@@ -85,7 +85,7 @@ class LocalBounds:
             raise TypeError(f"y: got {getattr(y, 'dtype', type(y).__name__)}, want a torch.int64 tensor")
         if y.shape != self.logits.shape[:1]:
             raise ValueError(f"y: got shape {tuple(y.shape)}, want ({self.logits.shape[0]},)")
-        if y.device.type == "cpu" and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        if values_are_at_hand(y) and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"y: got labels in [{int(y.min())}, {int(y.max())}], want [0, {classes})")
         return self.logits + ops.margin(self.features, self.lower, self.upper, self.radius, self.last_weight, y)
 
@@ -107,7 +107,7 @@ def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
             raise ValueError(f"eps: got shape {tuple(eps.shape)}, want () or ({x.shape[0]},)")
         if eps.device != x.device and eps.dim():
             raise ValueError(f"eps: got device {eps.device}, want x's, {x.device}")
-        if eps.device.type == "cpu" and not bool(((eps >= 0) & eps.isfinite()).all()):
+        if values_are_at_hand(eps) and not bool(((eps >= 0) & eps.isfinite()).all()):
             raise ValueError(f"eps: got {eps.min().item()} as its least value, want finite values >= 0")
         return eps.to(x).expand(x.shape[0])
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
@@ -182,7 +182,7 @@ class _Propagation:
             global_norm, start, _ = operator.norm(None, None, [1, *sizes], None, GLOBAL_ITERATIONS)
             norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
             self.reach = self.reach * global_norm
-        if norm.device.type == "cpu" and not torch.compiler.is_compiling() and bool(norm.isnan().any()):
+        if values_are_at_hand(norm) and bool(norm.isnan().any()):
             raise ValueError(f"model.{path}: got NaN or infinite weights, want finite ones")
         return norm
 

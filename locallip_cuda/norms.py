@@ -39,6 +39,11 @@ def check_guarantee(guarantee: str, failure_probability: float) -> None:
         )
 
 
+def values_are_at_hand(t: Tensor) -> bool:
+    """Whether a check may look at the values of ``t``: not on a GPU, which it would wait for, nor in a traced graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
     pair = list(value) if isinstance(value, Sequence) else [value, value]
     if len(pair) != 2 or any(not isinstance(p, int) or isinstance(p, bool) or p < least for p in pair):
@@ -202,7 +207,7 @@ def masked_norm(
     result = ops.masked_norm(
         weight, row_mask, col_mask, start, [batch, *input_shape], stride, padding, dilation, groups, iterations
     )
-    if weight.device.type == "cpu" and not torch.compiler.is_compiling() and bool(result[0].isnan().any()):
+    if values_are_at_hand(weight) and bool(result[0].isnan().any()):
         raise ValueError("weight: got NaN or infinite values, want finite ones")
     return result if return_vectors else result[0]
 

@@ -32,7 +32,8 @@ def affine(
 
     It differs from torch's own in its backward pass on a CPU, which leaves out leading and trailing samples whose
     gradient is zero: where the ball bounds every unit, that is the box's half of the batch. Under autocast to bfloat16
-    the products are taken in bfloat16, forward and backward.
+    the products are taken in bfloat16, forward and backward. TF32 is taken only where
+    ``torch.backends.cuda.matmul.allow_tf32`` or ``torch.set_float32_matmul_precision`` asks for it.
     """
     device = weight.device.type
     bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
