@@ -252,6 +252,8 @@ class Trainer:
         self.epoch = self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
+        # Asked now: the package may be installed anew while a long run goes on.
+        self.versions = {"locallip_cuda": build_info()["version"], "torch": torch.__version__}
         self.totals = torch.zeros(len(_STATISTICS), dtype=torch.float64, device=settings.device)
         if settings.resume:
             self._restore()
@@ -281,7 +283,7 @@ class Trainer:
             "processes": self.workers.count,
             "precision": self.settings.precision,
             "device": self.settings.device.type,
-            "versions": {"locallip_cuda": build_info()["version"], "torch": torch.__version__},
+            "versions": self.versions,
         }
         checkpoint.save(self.path, tensors, config)
 
