@@ -42,8 +42,21 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _default_device() -> torch.device:
-    return torch.device("cuda" if build_info()["cuda"] and torch.cuda.is_available() else "cpu")
+def _choose_device(asked: torch.device | None, local_rank: int = 0) -> torch.device:
+    """The device asked for, or a GPU where there is one and the extension has a CUDA part; made the current one."""
+    if asked is None:
+        asked = torch.device("cuda" if build_info()["cuda"] and torch.cuda.is_available() else "cpu")
+    if asked.type != "cuda":
+        return asked
+    device = torch.device("cuda", local_rank if asked.index is None else asked.index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _check_data(preset: str, folder: Path | None) -> None:
+    name = models.spec(preset).data
+    if folder is None and name != "digits":
+        raise ValueError(f"{preset} needs --data DIR, the folder that holds the files of {name}")
 
 
 def _show(value: Any) -> str:
@@ -167,12 +180,10 @@ def _recipe(arguments: argparse.Namespace, out: Path) -> Recipe:
 
 
 def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    _check_data(arguments.preset, arguments.data)
     out: Path = arguments.out or Path("runs") / arguments.preset
     with Workers() as workers:
-        device = arguments.device or _default_device()
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", workers.local_rank)
-            torch.cuda.set_device(device)
+        device = _choose_device(arguments.device, workers.local_rank)
         workers.connect(device)
         settings = train.Settings(
             out=out,
@@ -211,7 +222,8 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     if path.is_dir():
         path = path / train.CHECKPOINT_NAME
     model, stored, config = train.load_model(path)
-    device = arguments.device or _default_device()
+    _check_data(stored.preset, arguments.data)
+    device = _choose_device(arguments.device)
     eps = stored.eps if arguments.eps is None else arguments.eps
     name = models.spec(stored.preset).data
     dataset = data.load(name, arguments.data, train=False)

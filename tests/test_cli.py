@@ -97,7 +97,7 @@ def test_resume_takes_the_runs_recipe(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "has had its 1 epochs" in capsys.readouterr().out
     assert cli.main([*options, "--resume", "--eps", "0.3"]) == 2
     assert "--eps is 0.3, but the run" in capsys.readouterr().err
-    assert cli.main(["train", "mnist-4c3f", "--out", str(tmp_path), "--resume"]) == 2
+    assert cli.main(["train", "mnist-4c3f", "--data", ".", "--out", str(tmp_path), "--resume"]) == 2
     assert "the run in" in capsys.readouterr().err
     assert cli.main(options) == 2
     assert "exists" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main([*TRAIN, "--epochs", "1", "--out", str(good)]) == 0
     capsys.readouterr()
     for arguments, message in [
-        (["train", "mnist-4c3f", "--out", str(tmp_path / "m")], "folder that holds its files"),
+        (["train", "mnist-4c3f", "--out", str(tmp_path / "m")], "mnist-4c3f needs --data DIR"),
         (["train", "mnist-4c3f", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "m")], "no such folder"),
         ([*TRAIN, "--precision", "tf32", "--out", str(tmp_path / "m")], "only GPUs have it"),
         ([*TRAIN, "--eps", "-1", "--out", str(tmp_path / "m")], "eps is -1.0"),
