@@ -440,7 +440,8 @@ def test_many_samples_of_long_vectors(device: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("hidden", [False, True])
-def test_weights_that_are_not_finite(value: float, hidden: bool, device: str) -> None:
+@pytest.mark.parametrize("iterations", [0, 4, 12])
+def test_weights_that_are_not_finite(value: float, hidden: bool, iterations: int, device: str) -> None:
     """An error on the CPU; on a GPU, which must not wait, a NaN. A mask over the weight does not hide it."""
     weight = torch.ones(4, 5, device=device)
     weight[1, 2] = value
@@ -448,9 +449,9 @@ def test_weights_that_are_not_finite(value: float, hidden: bool, device: str) ->
     rows[:, 1] = not hidden
     if device == "cpu":
         with pytest.raises(ValueError, match="weight: got NaN or infinite values"):
-            ll.masked_norm(weight, rows)
+            ll.masked_norm(weight, rows, iterations=iterations)
     else:
-        assert ll.masked_norm(weight, rows).isnan().all()
+        assert ll.masked_norm(weight, rows, iterations=iterations).isnan().all()
 
 
 # ---- the gradient ---------------------------------------------------------------------------------------------------
