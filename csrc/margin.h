@@ -34,6 +34,9 @@ struct MarginGrad {
   scalar_t *features, *lower, *upper, *radius, *weight, *moved;
 };
 
+// Beyond this radius the box alone bounds the gain: the room in units of the radius would underflow.
+constexpr double kUnboundedRadius = 1e15;
+
 // Steps of the climb: it ends by itself after a few (one for every group of units that reaches the box at once).
 constexpr int kMarginSteps = 64;
 

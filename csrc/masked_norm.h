@@ -14,10 +14,10 @@
 namespace locallip {
 
 // Most right vectors held before a restart, and the Ritz vectors kept by one. Small networks' norms need 1 to 5 steps,
-// so a restart is the exception; 4 of 8 keeps the second and third singular vectors in play, which is what a saddle
+// so a restart is the exception; 6 of 16 keep the second and third singular vectors in play, which is what a saddle
 // needs.
-constexpr int kWindow = 8;
-constexpr int kKept = 4;
+constexpr int kWindow = 16;
+constexpr int kKept = 6;
 
 // Share of the pseudo-random vector in a start that the caller gave.
 constexpr double kNoise = 0.1;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .layers import IDENTITY, SUPPORTED, Activation, Operator, UnsupportedModuleError, leaves, step
-from .norms import check_guarantee, values_are_at_hand
+from .norms import ESTIMATE_ITERATIONS, check_guarantee, values_are_at_hand
 
 # The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a
 # convolution has it nearly for free, a dense layer reads its whole weight for it. As a value they want to be converged.
@@ -58,7 +58,8 @@ class LocalBounds:
         """() product of the global (unmasked) operator norms of every layer but the last; an estimate."""
         with torch.no_grad():
             norms = [
-                operator.norm(None, None, [1, *sizes], None, GLOBAL_ITERATIONS)[0] for operator, sizes in self.operators
+                operator.norm(None, None, [1, *sizes], None, ESTIMATE_ITERATIONS)[0]
+                for operator, sizes in self.operators
             ]
             return torch.cat([*norms, self.radius.new_ones(1)]).prod()
 
@@ -179,7 +180,9 @@ class _Propagation:
             norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
             self.reach = self.reach * norm
         else:
-            global_norm, start, _ = operator.norm(None, None, [1, *sizes], None, GLOBAL_ITERATIONS)
+            global_norm, start, _ = operator.norm(
+                None, None, [1, *sizes], None, max(self.iterations, GLOBAL_ITERATIONS)
+            )
             norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
             self.reach = self.reach * global_norm
         if values_are_at_hand(norm) and bool(norm.isnan().any()):

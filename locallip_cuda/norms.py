@@ -131,7 +131,7 @@ def masked_norm(
     """Operator norms ``sigma_b = ||diag(row_mask_b) W diag(col_mask_b)||_2`` of one weight under a batch of masks.
 
     The value is the largest singular value of the masked operator on a Krylov space of A^T A with ``iterations + 1``
-    dimensions (Golub-Kahan-Lanczos with full orthogonalisation, restarted past 8 dimensions), so it is never above the
+    dimensions (Golub-Kahan-Lanczos with full orthogonalisation, restarted past 16 dimensions), so it is never above the
     true norm but for rounding. It is an estimate for training, not a certificate: that is :func:`masked_norm_bound`.
 
     Args:

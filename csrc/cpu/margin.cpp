@@ -68,12 +68,12 @@ LOCALLIP_MULTIVERSION T direction_of(const T* own, const T* other, T* direction,
 
 // The scaled problem: largest |direction| 1, radius 1.
 template <typename T>
-void solve(const T* direction, const T* low, const T* high, int64_t width, T* gain, T* step) {
+void solve(const T* direction, const T* low, const T* high, bool box_only, int64_t width, T* gain, T* step) {
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
   const MarginSums<T> box = sums_at(direction, low, high, kInfinity, width);
   *gain = box.pulled;
   *step = kInfinity;
-  if (box.held <= 1) return;  // the far corner of the box lies in the ball
+  if (box_only || box.held <= 1) return;  // the far corner of the box lies in the ball
   T square = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t i = 0; i < width; ++i) square += direction[i] * direction[i];
@@ -135,7 +135,8 @@ void margin(const MarginInput<scalar_t>& in, scalar_t* gain, scalar_t* step) {
   at::parallel_for(0, in.batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<scalar_t> low(in.width), high(in.width), direction(in.width);
     for (int64_t b = begin; b < end; ++b) {
-      const scalar_t radius = in.radius[b];
+      const bool box_only = in.radius[b] >= kUnboundedRadius;
+      const scalar_t radius = box_only ? scalar_t(1) : in.radius[b];
       room(in, b, radius, low.data(), high.data());
       for (int64_t j = 0; j < in.classes; ++j) {
         const int64_t at = b * in.classes + j;
@@ -143,7 +144,7 @@ void margin(const MarginInput<scalar_t>& in, scalar_t* gain, scalar_t* step) {
         if (j == in.labels[b] || radius == 0) continue;
         const scalar_t unit =
             direction_of(in.weight + in.labels[b] * in.width, in.weight + j * in.width, direction.data(), in.width);
-        solve(direction.data(), low.data(), high.data(), in.width, gain + at, step + at);
+        solve(direction.data(), low.data(), high.data(), box_only, in.width, gain + at, step + at);
         gain[at] *= unit * radius;
         step[at] *= radius / unit;
       }

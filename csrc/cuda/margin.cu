@@ -44,7 +44,8 @@ template <typename T>
 __global__ void forward_kernel(MarginInput<T> in, T* gain, T* step) {
   __shared__ T scratch[kThreads / 32];
   const int64_t b = blockIdx.x / in.classes, j = blockIdx.x % in.classes, label = in.labels[b];
-  const T radius = in.radius[b];
+  const bool box_only = in.radius[b] >= kUnboundedRadius;
+  const T radius = box_only ? T(1) : in.radius[b];
   T value = 0, t = 0;
   if (label < 0 || label >= in.classes) {
     value = T(NAN);  // the host does not look at labels on a device
@@ -57,7 +58,7 @@ __global__ void forward_kernel(MarginInput<T> in, T* gain, T* step) {
     t = T(INFINITY);
     const MarginSums<T> box = sums_at(pair, unit, radius, t, scratch);
     value = box.pulled;
-    if (!(box.held <= 1)) {  // else the far corner of the box lies in the ball
+    if (!box_only && !(box.held <= 1)) {  // else the far corner of the box lies in the ball
       T square = 0;
       for (int64_t i = threadIdx.x; i < pair.width; i += kThreads)
         square += (pair.direction(i) / unit) * (pair.direction(i) / unit);
