@@ -172,6 +172,10 @@ CONVOLUTIONS: dict[str, Callable[[torch.Generator], Problem]] = {
     "unmasked": lambda g: Problem(randn(g, 5, 3, 3, 3), None, None, (3, 7, 8), {"padding": 1}),
     "rows only": lambda g: Problem(randn(g, 5, 3, 3, 3), bits(g, 0.5, 4, 5, 7, 8), None, (3, 7, 8), {"padding": 1}),
     "columns only": lambda g: Problem(randn(g, 5, 3, 3, 3), None, bits(g, 0.5, 4, 3, 7, 8), (3, 7, 8), {"padding": 1}),
+    "smoothing along a line": lambda g: Problem(
+        torch.tensor([1, 2, 1]).double().view(1, 1, 1, 3), None, None, (1, 1, 150), {"padding": (0, 1)}
+    ),
+    "box filter": lambda g: Problem(torch.ones(1, 1, 3, 3).double(), None, None, (1, 16, 16), {"padding": 1}),
     "low rank": low_rank_convolution,
     "repeated top": repeated_convolution,
     "shift": shift_convolution,
