@@ -219,9 +219,10 @@ def test_resume_is_exact(
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(train.Trainer, "_train_step", stop_after)
+    handler_before = signal.getsignal(signal.SIGINT)
     with pytest.raises(train.Interrupted) as stop:
         _run(tmp_path)
-    assert stop.value.number == number and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert stop.value.number == number and signal.getsignal(signal.SIGINT) is handler_before
     config = checkpoint.load(stop.value.path)[1]
     assert config["position"] == {"epoch": (step - 1) // 5, "step": (step - 1) % 5 + 1}
     torch.rand(3)  # another process would have used its random numbers otherwise
