@@ -62,11 +62,9 @@ class Operator:
         squared = self.weight.square()
         if not exact and self.conv is not None:
             return squared.flatten(1).sum(1).view(1, -1, 1, 1).expand(1, *output.shape[1:])
-        masked = exact and column_mask is not None
-        columns = (
-            column_mask.to(squared.dtype) if masked and column_mask is not None else squared.new_ones(1, *input_shape)
-        )
-        return self(columns, squared)
+        if not exact or column_mask is None:
+            return self(squared.new_ones(1, *input_shape), squared)
+        return self(column_mask.to(squared.dtype), squared)
 
     def norm(
         self,
