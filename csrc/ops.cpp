@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "activation_pattern.h"
+#include "lanczos_bound.h"
 #include "margin.h"
 #include "masked_norm.h"
 
@@ -528,6 +529,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_backward(const Tensor&
   return {to_features, to_lower, to_upper, to_radius, to_weight};
 }
 
+// ---- Lanczos bound -------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> lanczos_bound(const Tensor& alpha, const Tensor& beta, const Tensor& error,
+                                         const Tensor& level) {
+  TORCH_CHECK(alpha.dim() == 2 && alpha.size(1) > 0 && beta.sizes() == alpha.sizes(), "alpha, beta: got shapes ",
+              alpha.sizes(), ", ", beta.sizes(), ", want one (B, steps), steps > 0");
+  const IntArrayRef batch = alpha.sizes().slice(0, 1);
+  TORCH_CHECK(error.sizes() == batch && level.sizes() == batch, "error, level: got shapes ", error.sizes(), ", ",
+              level.sizes(), ", want (B,)");
+  for (const Tensor& t : {alpha, beta, error, level})
+    TORCH_CHECK(t.scalar_type() == at::kDouble, "lanczos_bound: got dtype ", t.scalar_type(), ", want float64");
+  const Tensor in[] = {alpha.contiguous(), beta.contiguous(), error.contiguous(), level.contiguous()};
+  Tensor theta = at::empty(batch, alpha.options()), upper = at::empty(batch, alpha.options());
+  cpu::lanczos_bound(in[0].const_data_ptr<double>(), in[1].const_data_ptr<double>(), in[2].const_data_ptr<double>(),
+                     in[3].const_data_ptr<double>(), alpha.size(0), alpha.size(1), theta.mutable_data_ptr<double>(),
+                     upper.mutable_data_ptr<double>());
+  return {theta, upper};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(locallip_cuda, m) {
@@ -549,6 +569,7 @@ TORCH_LIBRARY(locallip_cuda, m) {
   define("activation_pattern_backward(Tensor grad_values, Tensor grad_half_width, Tensor grad_slack, " + bounds +
          ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   define("margin(" + last + ") -> (Tensor gain, Tensor step)");
+  define("lanczos_bound(Tensor alpha, Tensor beta, Tensor error, Tensor level) -> (Tensor theta, Tensor upper)");
   define("margin_backward(Tensor grad_gain, Tensor step, " + last + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
@@ -564,6 +585,7 @@ TORCH_LIBRARY(locallip_cuda, m) {
     m.impl("margin_backward", &margin_backward);                         \
   }
 LOCALLIP_REGISTER(CPU)
+TORCH_LIBRARY_IMPL(locallip_cuda, CPU, m) { m.impl("lanczos_bound", &lanczos_bound); }
 #ifdef LOCALLIP_CUDA
 LOCALLIP_REGISTER(CUDA)
 #endif

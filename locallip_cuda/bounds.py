@@ -1,4 +1,4 @@
-"""Local Lipschitz bounds: one pass through the network carrying the clean value, a box, a radius and the masks."""
+"""Local Lipschitz bounds of a network: what they are, and :func:`local_bounds`, which makes them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .layers import IDENTITY, SUPPORTED, Activation, Operator, UnsupportedModuleError, leaves, step
-from .norms import ESTIMATE_ITERATIONS, check_guarantee, values_are_at_hand
-
-# The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a
-# convolution has it nearly for free, a dense layer reads its whole weight for it. As a value they want to be converged.
-START_ITERATIONS = 8
-DENSE_START_ITERATIONS = 5
-GLOBAL_ITERATIONS = 30
+from .layers import IDENTITY, OPERATORS, SUPPORTED, Activation, Operator, UnsupportedModuleError, leaves, step
+from .norms import ESTIMATE_ITERATIONS, check_guarantee, norm_bound, values_are_at_hand
+from .propagation import Propagation
+from .proved import ProvedPropagation, affine, check_provable, gains
+from .rounding import textbook_products, up
 
 
 @dataclass
@@ -34,7 +31,7 @@ class LocalBounds:
         row_masks, column_masks: one bool tensor (B, *output) per layer but the last: pre-activations that can still
             change the layer's output, and outputs that can vary inside the ball.
         eps: (B,) radius of the ball at the input.
-        guarantee: what the norms are worth; "estimate" proves nothing.
+        guarantee: what the bounds are worth; "estimate" proves nothing.
         last_weight, sparsity_terms, operators: what worst_logits, the losses and global_lipschitz are made of.
     """
 
@@ -81,6 +78,10 @@ class LocalBounds:
         Args:
             y: (B,) int64 labels in [0, K).
         """
+        self._check_labels(y)
+        return self.logits + ops.margin(self.features, self.lower, self.upper, self.radius, self.last_weight, y)
+
+    def _check_labels(self, y: Tensor) -> None:
         classes = self.logits.shape[1]
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise TypeError(f"y: got {getattr(y, 'dtype', type(y).__name__)}, want a torch.int64 tensor")
@@ -88,7 +89,6 @@ class LocalBounds:
             raise ValueError(f"y: got shape {tuple(y.shape)}, want ({self.logits.shape[0]},)")
         if values_are_at_hand(y) and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"y: got labels in [{int(y.min())}, {int(y.max())}], want [0, {classes})")
-        return self.logits + ops.margin(self.features, self.lower, self.upper, self.radius, self.last_weight, y)
 
     def margin(self, y: Tensor | None = None) -> Tensor:
         """(B,) lower bound over the ball of logit y minus the best other logit; ``y`` is the prediction by default.
@@ -100,6 +100,60 @@ class LocalBounds:
         worst = self.worst_logits(y)
         own = self.logits.gather(1, y.unsqueeze(1)).squeeze(1)
         return own - worst.scatter(1, y.unsqueeze(1), -math.inf).amax(1)
+
+
+@dataclass
+class ProvedBounds(LocalBounds):
+    """Bounds that are proved, under guarantee "probabilistic" or "deterministic"; float64, without gradients.
+
+    They hold for the network in real arithmetic with its weights as they are stored: boxes, radii, norms and margins
+    are rounded outward. :meth:`margin` is a lower bound of the real margin, and ``worst_logits(y)`` minus the clean
+    logit y an upper bound of how much each logit can exceed logit y.
+
+    Attributes:
+        feature_error, logit_error: (B, h), (B, K) how far the real clean values may be from ``features``, ``logits``.
+        failure_probability: of the probabilistic guarantee, for one sample.
+    """
+
+    feature_error: Tensor
+    logit_error: Tensor
+    failure_probability: float
+
+    @cached_property
+    def global_lipschitz(self) -> Tensor:
+        """() product of the global operator norms of every layer but the last, under the same guarantee."""
+        product = self.radius.new_ones(())
+        with textbook_products(product.device.type):
+            for operator, sizes in self.operators:
+                share = self.failure_probability / len(self.operators)
+                shape, geometry = [1, *sizes], operator.geometry
+                norm, _ = norm_bound(operator.weight, None, None, shape, geometry, self.guarantee, share)
+                product = up(up(product * norm[0]) * (1 + operator.relative_error))
+        return product
+
+    @torch.no_grad()
+    def worst_logits(self, y: Tensor) -> Tensor:
+        self._check_labels(y)
+        own = self.logits.gather(1, y.unsqueeze(1))
+        return torch.where(_is_label(self.logits, y), own, up(own + self._excess(y)))
+
+    @torch.no_grad()
+    def margin(self, y: Tensor | None = None) -> Tensor:
+        y = self.logits.argmax(1) if y is None else y
+        self._check_labels(y)
+        return -self._excess(y).masked_fill(_is_label(self.logits, y), -math.inf).amax(1)
+
+    def _excess(self, y: Tensor) -> Tensor:
+        """(B, K) at least logit j minus logit y, anywhere in the ball."""
+        with textbook_products(y.device.type):
+            gain = gains(self.features, self.feature_error, self.lower, self.upper, self.radius, self.last_weight, y)
+        label = y.unsqueeze(1)
+        excess = up(up(self.logits - self.logits.gather(1, label)) + gain)
+        return up(excess + up(self.logit_error + self.logit_error.gather(1, label)))
+
+
+def _is_label(logits: Tensor, y: Tensor) -> Tensor:
+    return torch.arange(logits.shape[1], device=y.device) == y.unsqueeze(1)
 
 
 def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
@@ -118,115 +172,6 @@ def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
     return x.new_full((x.shape[0],), float(eps))
 
 
-class _Propagation:
-    """The state of one pass: what is known of the values behind the layers that have been passed."""
-
-    def __init__(self, x: Tensor, eps: Tensor, radius: str, iterations: int) -> None:
-        self.batch = x.shape[0]
-        self.eps = eps
-        self.local = radius == "local"
-        self.iterations = iterations
-        # clean values, followed by the box centres once there is a box: one convolution serves both
-        self.values = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        # at the input the ball lies inside the box +- eps, and so it does behind the first operator: no box needed yet
-        self.half_width: Tensor | None = None
-        self.reach = eps
-        self.column_mask: Tensor | None = None
-        self.row_masks: list[Tensor] = []
-        self.column_masks: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.sparsity_terms: list[Tensor] = []
-        self.operators: list[tuple[Operator, list[int]]] = []
-
-    def pass_layer(self, path: str, operator: Operator | None, activation: Activation) -> None:
-        """One layer: ``operator`` (the identity where None), then ``activation``."""
-        sizes = list(self.values.shape[1:])
-        columns = self.column_mask
-        if operator is None:
-            ones = self.values.new_ones(1, *sizes)
-            squared_row_norms = ones if columns is None else columns.to(ones.dtype)
-        else:
-            operator.check_input(path, self.values)
-            self.values = operator(self.values, operator.weight, operator.bias)
-            if self.half_width is not None:
-                self.half_width = operator(self.half_width, operator.weight.abs())
-            squared_row_norms = operator.squared_row_norms(columns, sizes, self.values, exact=self.local)
-        self.values, self.half_width, rows, self.column_mask, slack = ops.activation_pattern(
-            self.values,
-            self.half_width,
-            squared_row_norms,
-            self.reach,
-            activation.kind or "identity",
-            activation.first,
-            activation.second,
-        )
-        if not activation.kind:
-            self.values, self.half_width = _monotone(activation.module, self.values, self.half_width)
-        if operator is None:
-            return
-        if not self.local and activation.kind == "clipped_maxmin":
-            rows = torch.ones_like(rows)  # the paper removes none
-        self.norms.append(self._norm(path, operator, rows, columns, sizes))
-        self.row_masks.append(rows)
-        self.column_masks.append(self.column_mask)
-        self.sparsity_terms.append(slack.sum(0) / max(self.batch, 1))
-        self.operators.append((operator, sizes))
-
-    def _norm(self, path: str, operator: Operator, rows: Tensor, columns: Tensor | None, sizes: list[int]) -> Tensor:
-        if self.local:
-            with torch.no_grad():
-                steps = DENSE_START_ITERATIONS if operator.conv is None else START_ITERATIONS
-                start = operator.norm(None, None, [1, *sizes], None, steps)[1]
-            norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
-            self.reach = self.reach * norm
-        else:
-            global_norm, start, _ = operator.norm(
-                None, None, [1, *sizes], None, max(self.iterations, GLOBAL_ITERATIONS)
-            )
-            norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
-            self.reach = self.reach * global_norm
-        if values_are_at_hand(norm) and bool(norm.isnan().any()):
-            raise ValueError(f"model.{path}: got NaN or infinite weights, want finite ones")
-        return norm
-
-    def flatten(self) -> None:
-        self.values = self.values.flatten(1)
-        self.half_width = None if self.half_width is None else self.half_width.flatten(1)
-        self.column_mask = None if self.column_mask is None else self.column_mask.flatten(1)
-
-    def finish(self, path: str, last: nn.Linear, guarantee: str) -> LocalBounds:
-        head = Operator(last.weight, last.bias, None)
-        head.check_input(path, self.values)
-        features, centre = self.values[: self.batch], self.values[self.values.shape[0] - self.batch :]
-        half_width = self.eps.unsqueeze(1) if self.half_width is None else self.half_width
-        layer_norms = torch.stack(self.norms, 1) if self.norms else features.new_ones(self.batch, 0)
-        lipschitz = layer_norms.prod(1)
-        none = [features.new_zeros(2)]
-        return LocalBounds(
-            logits=head(features, head.weight, head.bias),
-            radius=self.reach if self.local else self.eps * lipschitz,
-            layer_norms=layer_norms,
-            lipschitz=lipschitz,
-            features=features,
-            lower=centre - half_width,
-            upper=centre + half_width,
-            row_masks=self.row_masks,
-            column_masks=self.column_masks,
-            eps=self.eps,
-            guarantee=guarantee,
-            last_weight=last.weight,
-            sparsity_terms=torch.stack(self.sparsity_terms or none),
-            operators=self.operators,
-        )
-
-
-def _monotone(module: nn.Module, values: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
-    """Box through a monotone elementwise activation with slopes in [0, 1]."""
-    clean, centre = values.chunk(2)
-    lower, upper = module(centre - half_width), module(centre + half_width)
-    return torch.cat([module(clean), (lower + upper) / 2]), (upper - lower) / 2
-
-
 def local_bounds(
     model: nn.Sequential,
     x: Tensor,
@@ -237,7 +182,8 @@ def local_bounds(
     guarantee: str = "estimate",
     failure_probability: float = 1e-9,
 ) -> LocalBounds:
-    """Bounds of ``model`` over the l2 ball of radius ``eps`` around each sample of ``x``, differentiable in both.
+    """Bounds of ``model`` over the l2 ball of radius ``eps`` around each sample of ``x``, differentiable in both
+    unless they are to be proved.
 
     Around each sample many activations are provably constant; their rows and columns leave the neighbouring weight
     operators before the operator norm is taken (Huang et al., NeurIPS 2021, arXiv:2111.01395). Every layer intersects
@@ -250,14 +196,15 @@ def local_bounds(
         radius: "local" takes each layer's masked norm into the radius at once; "global" is the paper's: the radius
             grows by global norms on the way, and the masked norms enter only in the final product. "local" is never
             looser and costs less.
-        iterations: of :func:`locallip_cuda.masked_norm`, per layer.
-        guarantee: only "estimate" yet: norms are Rayleigh quotients, which can be too small, so nothing is proved.
+        iterations: of :func:`locallip_cuda.masked_norm`, per layer, for the estimate.
+        guarantee: "estimate": differentiable, for training; norms are Rayleigh quotients, which can be too small, so
+            nothing is proved. "probabilistic", "deterministic": :class:`ProvedBounds`, in float64 with all rounding
+            accounted for and without gradients; the norms are those of :func:`locallip_cuda.masked_norm_bound`.
         failure_probability: of the probabilistic guarantee, over all layers of one sample.
 
     Raises:
-        UnsupportedModuleError (a TypeError): a module without a bound, by its path in the model.
+        UnsupportedModuleError (a TypeError): a module without a bound, or without a proof, by its path in the model.
         ValueError, TypeError: arguments that do not fit, NaN or infinite weights (on a CPU; on a GPU they give NaN).
-        NotImplementedError: a guarantee other than "estimate".
     """
     check_guarantee(guarantee, failure_probability)
     if radius not in ("local", "global"):
@@ -275,9 +222,22 @@ def local_bounds(
     if not isinstance(last, nn.Linear):
         end = f"model.{modules[-1][0]}: {last}" if modules else "nothing"
         raise UnsupportedModuleError(f"model: ends in {end}, want a Linear at its end")
-    propagation = _Propagation(x, _radius_of_input(eps, x), radius, iterations)
+    radii = _radius_of_input(eps, x if guarantee == "estimate" else x.double())
+    if guarantee == "estimate":
+        propagation = Propagation(x, radii, radius, iterations)
+        _pass(modules[:-1], propagation)
+        return _estimated(propagation, modules[-1][0], last)
+    check_provable(modules)
+    with torch.no_grad(), textbook_products(x.device.type):
+        count = sum(isinstance(module, OPERATORS) for _, module in modules[:-1])
+        proved = ProvedPropagation(x, radii, radius, guarantee, failure_probability, count)
+        _pass(modules[:-1], proved)
+        return _proved(proved, modules[-1][0], last, failure_probability)
+
+
+def _pass(modules: list[tuple[str, nn.Module]], propagation: Propagation | ProvedPropagation) -> None:
     pending: tuple[str, Operator] | None = None  # until it is known what activation follows
-    for path, module in modules[:-1]:
+    for path, module in modules:
         layer = step(path, module, propagation.values)
         if isinstance(layer, Activation):
             operator_path, operator = pending or (path, None)
@@ -291,4 +251,57 @@ def local_bounds(
                 propagation.flatten()
     if pending is not None:
         propagation.pass_layer(*pending, IDENTITY)
-    return propagation.finish(modules[-1][0], last, guarantee)
+
+
+def _estimated(done: Propagation, path: str, last: nn.Linear) -> LocalBounds:
+    head = Operator(last.weight, last.bias, None)
+    head.check_input(path, done.values)
+    features, centre = done.values[: done.batch], done.values[done.values.shape[0] - done.batch :]
+    half_width = done.eps.unsqueeze(1) if done.half_width is None else done.half_width
+    layer_norms = torch.stack(done.norms, 1) if done.norms else features.new_ones(done.batch, 0)
+    lipschitz = layer_norms.prod(1)
+    none = [features.new_zeros(2)]
+    return LocalBounds(
+        logits=head(features, head.weight, head.bias),
+        radius=done.reach if done.local else done.eps * lipschitz,
+        layer_norms=layer_norms,
+        lipschitz=lipschitz,
+        features=features,
+        lower=centre - half_width,
+        upper=centre + half_width,
+        row_masks=done.row_masks,
+        column_masks=done.column_masks,
+        eps=done.eps,
+        guarantee="estimate",
+        last_weight=last.weight,
+        sparsity_terms=torch.stack(done.sparsity_terms or none),
+        operators=done.operators,
+    )
+
+
+def _proved(done: ProvedPropagation, path: str, last: nn.Linear, failure_probability: float) -> ProvedBounds:
+    head = done.exact(path, Operator(last.weight, last.bias, None))
+    logits, logit_error = affine(head, done.values, done.error)
+    lipschitz = torch.ones_like(done.eps)
+    for norm in done.norms:
+        lipschitz = up(lipschitz * norm)
+    lower, upper = done.box()
+    return ProvedBounds(
+        logits=logits,
+        radius=done.reach if done.local else up(done.eps * lipschitz),
+        layer_norms=torch.stack(done.norms, 1) if done.norms else logits.new_ones(done.batch, 0),
+        lipschitz=lipschitz,
+        features=done.values,
+        lower=lower,
+        upper=upper,
+        row_masks=done.row_masks,
+        column_masks=done.column_masks,
+        eps=done.eps,
+        guarantee=done.guarantee,
+        last_weight=head.weight,
+        sparsity_terms=torch.stack(done.sparsity_terms or [logits.new_zeros(2)]),
+        operators=done.operators,
+        feature_error=done.error,
+        logit_error=logit_error,
+        failure_probability=failure_probability,
+    )

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .bounds import local_bounds
-from .norms import ESTIMATE_ITERATIONS, check_guarantee
+from .norms import ESTIMATE_ITERATIONS, check_guarantee, stated_failure_probability
 
 
 class Certificate(NamedTuple):
     """Result of :func:`certify` for B samples.
 
     prediction: (B,) int64. certified: (B,) bool, margin > 0. margin: (B,) bound over the ball of the predicted logit
-    minus the best other. lipschitz: (B,) bound of the map to the last layer's input. guarantee: "estimate" proves
-    nothing.
-    failure_probability: chance that the statement is wrong for a sample; 1 for an estimate.
+    minus the best other. lipschitz: (B,) bound of the map to the last layer's input. guarantee: what they are
+    worth; "estimate" proves nothing. failure_probability: chance that the statement is wrong for a sample: 0 for a
+    deterministic proof, 1 for an estimate.
     """
 
     prediction: Tensor
@@ -40,14 +40,24 @@ def certify(
 ) -> Certificate:
     """Certify the predictions of ``model`` on ``x`` (B, *input) against l2 perturbations up to ``eps``.
 
-    ``eps`` is a number or (B,). Only ``guarantee="estimate"`` exists yet: it says what the bounds suggest and proves
-    nothing, because the norms in it are Rayleigh quotients. Errors as :func:`locallip_cuda.local_bounds`.
+    ``eps`` is a number or (B,). A proved certificate speaks of the network in real arithmetic with its weights as they
+    are stored: no input within ``eps`` of the sample has another class. It is wrong with at most
+    ``failure_probability`` for a sample under guarantee "probabilistic", and never under "deterministic"; "estimate"
+    proves nothing. Memory grows with B, so certify many samples in batches. Arguments, errors and dtypes as
+    :func:`locallip_cuda.local_bounds`.
     """
-    check_guarantee(guarantee, failure_probability)
-    b = local_bounds(model, x, eps, iterations=ESTIMATE_ITERATIONS, guarantee=guarantee)
+    b = local_bounds(
+        model,
+        x,
+        eps,
+        iterations=ESTIMATE_ITERATIONS,
+        guarantee=guarantee,
+        failure_probability=failure_probability,
+    )
     prediction = b.logits.argmax(1)
     margin = b.margin(prediction)
-    return Certificate(prediction, margin > 0, margin, b.lipschitz, guarantee, 1.0)
+    stated = stated_failure_probability(guarantee, failure_probability)
+    return Certificate(prediction, margin > 0, margin, b.lipschitz, guarantee, stated)
 
 
 def certified_radius(
@@ -62,22 +72,29 @@ def certified_radius(
     """(B,) the largest radius up to ``max_eps`` found by bisection at which :func:`certify` certifies each sample.
 
     Every radius returned was itself certified, under ``guarantee``; 0 where none was. Certificates need not be monotone
-    in eps (the masks depend on it), so a larger one may exist. ``tolerance`` is absolute.
+    in eps (the masks depend on it), so a larger one may exist. ``tolerance`` is absolute; ``failure_probability`` is
+    shared by all certificates tried. float64 for a proof, because a rounded radius was not certified.
     """
     for name, value in (("max_eps", max_eps), ("tolerance", tolerance)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: got {value}, want a finite number > 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name}: got {value!r}, want a finite number > 0")
+    check_guarantee(guarantee, failure_probability)
+    halvings = max(math.ceil(math.log2(max_eps / tolerance)), 0)
 
-    def certified(eps: Tensor) -> Tensor:
-        return certify(model, x, eps, guarantee=guarantee, failure_probability=failure_probability).certified
+    def certified(samples: Tensor, eps: float | Tensor) -> Tensor:
+        share = failure_probability / (halvings + 1)
+        return certify(model, samples, eps, guarantee=guarantee, failure_probability=share).certified
 
-    everywhere = certified(torch.tensor(float(max_eps)))
-    high = x.new_full((x.shape[0],), float(max_eps))
+    everywhere = certified(x, float(max_eps))
+    dtype = x.dtype if guarantee == "estimate" else torch.float64
+    high = torch.full((len(x),), float(max_eps), dtype=dtype, device=x.device)
     low = torch.where(everywhere, high, 0)
-    width = float(max_eps)
-    while width > tolerance:
-        middle = (low + high) / 2
-        holds = certified(middle)
-        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
-        width /= 2
+    for _ in range(halvings):
+        undecided = (low < high).nonzero()[:, 0]
+        if not len(undecided):
+            break
+        middle = (low[undecided] + high[undecided]) / 2
+        holds = certified(x[undecided], middle)
+        low[undecided] = torch.where(holds, middle, low[undecided])
+        high[undecided] = torch.where(holds, high[undecided], middle)
     return low

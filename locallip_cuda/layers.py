@@ -28,14 +28,23 @@ DENSE = ([1, 1], [0, 0], [1, 1], 1)
 
 @dataclass
 class Operator:
-    """One affine layer as the linear operator it is: ``conv`` is (stride, padding, dilation, groups), None if dense."""
+    """One affine layer as the linear operator it is: ``conv`` is (stride, padding, dilation, groups), None if dense.
+
+    ``relative_error`` bounds that of every weight, and so of the operator norm: the weights of AvgPool2d and Normalize
+    are computed ones, non-negative or on a diagonal.
+    """
 
     weight: Tensor
     bias: Tensor | None
     conv: tuple[list[int], list[int], list[int], int] | None
+    relative_error: float = 0.0
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        return self.conv or DENSE
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.affine(x, weight, bias, *(self.conv or DENSE))
+        return ops.affine(x, weight, bias, *self.geometry)
 
     def check_input(self, path: str, x: Tensor) -> None:
         """Raise ValueError naming the module at ``path`` where ``x`` does not fit it."""
@@ -74,8 +83,7 @@ class Operator:
         start: Tensor | None,
         iterations: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        conv = self.conv or DENSE
-        return ops.masked_norm(self.weight, row_mask, col_mask, start, list(input_shape), *conv, iterations)
+        return ops.masked_norm(self.weight, row_mask, col_mask, start, list(input_shape), *self.geometry, iterations)
 
 
 @dataclass
@@ -90,6 +98,9 @@ class Activation:
 
 IDENTITY = Activation("identity", nn.Identity())
 Step = Operator | Activation | nn.Flatten
+
+# the modules that :func:`step` makes an Operator of
+OPERATORS = (nn.Linear, nn.Conv2d, nn.AvgPool2d, Normalize)
 
 
 def leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -112,6 +123,10 @@ def _conv_arguments(path: str, module: nn.Conv2d) -> tuple[list[int], list[int],
     return list(module.stride), list(padding), list(module.dilation), module.groups
 
 
+def _relative_error(like: Tensor) -> float:
+    return 4 * torch.finfo(like.dtype).eps
+
+
 def _average_pool(path: str, module: nn.AvgPool2d, like: Tensor) -> Operator:
     if module.ceil_mode or not module.count_include_pad:
         raise UnsupportedModuleError(f"model.{path}: AvgPool2d, want ceil_mode=False and count_include_pad=True")
@@ -123,16 +138,19 @@ def _average_pool(path: str, module: nn.AvgPool2d, like: Tensor) -> Operator:
     share = 1 / (module.divisor_override or math.prod(kernel))
     stride = pair(module.stride if module.stride is not None else module.kernel_size)
     weight = like.new_full((channels, 1, *kernel), share)
-    return Operator(weight, None, (stride, pair(module.padding), [1, 1], channels))
+    return Operator(weight, None, (stride, pair(module.padding), [1, 1], channels), _relative_error(like))
 
 
 def _normalize(module: Normalize, like: Tensor) -> Operator:
     scale = 1 / module.std.to(like)
     bias = -module.mean.to(like) * scale
     if like.dim() == 2:
-        return Operator(torch.diag(scale.expand(like.shape[1])), bias.expand(like.shape[1]), None)
+        return Operator(
+            torch.diag(scale.expand(like.shape[1])), bias.expand(like.shape[1]), None, _relative_error(like)
+        )
     scale, bias = scale.expand(like.shape[1]), bias.expand(like.shape[1])
-    return Operator(scale.view(-1, 1, 1, 1), bias, ([1, 1], [0, 0], [1, 1], like.shape[1]))
+    conv = ([1, 1], [0, 0], [1, 1], like.shape[1])
+    return Operator(scale.view(-1, 1, 1, 1), bias, conv, _relative_error(like))
 
 
 def step(path: str, module: nn.Module, like: Tensor) -> Step | None:

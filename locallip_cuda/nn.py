@@ -42,7 +42,8 @@ def _initial(name: str, value: float | Tensor, shape: tuple[int, ...]) -> Tensor
     return full
 
 
-def _halves(module: str, z: Tensor) -> tuple[Tensor, Tensor]:
+def halves(module: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of the channels of z (B, C, ...); ValueError where C is odd."""
     if z.dim() < 2 or z.shape[1] % 2:
         raise ValueError(
             f"{module} pairs channel i with channel i + C/2 and needs an input (B, C, ...) with even C, "
@@ -91,7 +92,7 @@ class MaxMin(nn.Module):
     """
 
     def forward(self, z: Tensor) -> Tensor:
-        a, b = _halves("MaxMin", z)
+        a, b = halves("MaxMin", z)
         return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
 
 
@@ -117,7 +118,7 @@ class ClippedMaxMin(nn.Module):
         self.lower = nn.Parameter(low)
 
     def forward(self, z: Tensor) -> Tensor:
-        a, b = _halves("ClippedMaxMin", z)
+        a, b = halves("ClippedMaxMin", z)
         if a.shape[1:] != self.upper.shape[1:]:
             half = tuple(self.upper.shape[1:])
             wanted = ", ".join(map(str, (2 * half[0], *half[1:])))

@@ -113,6 +113,34 @@ def margin(features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weigh
     return gain
 
 
+def margin_step(
+    features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weight: Tensor, labels: Tensor
+) -> Tensor:
+    """(B, K): the reciprocal of the multiplier at which :func:`margin` takes its dual, without a gradient.
+
+    Infinite where the box alone bounds the gain; 0 at the label and where the radius is 0.
+    """
+    step: Tensor = _ops.margin(features, lower, upper, radius, weight, labels)[1]
+    return step
+
+
+def lanczos_bound(alpha: Tensor, beta: Tensor, error: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """(theta, upper), both (B,): the largest eigenvalue of a Lanczos run's tridiagonal matrix, and a bound of A^T A's.
+
+    With q_0.. the vectors of a run on M = A^T A, the local residuals
+    M q_j - beta_{j-1} q_{j-1} - alpha_j q_j - beta_j q_{j+1} no longer than ``error``, every |q_j| <= 1 + 1e-6 and v a
+    top eigenvector of M, |<v, q_0>| >= ``level`` implies that ``upper`` is above M's largest eigenvalue; the derivation
+    is in csrc/lanczos_bound.h. The op's own rounding is accounted for, and no orthogonality is assumed.
+
+    Args:
+        alpha, beta: (B, steps), float64 on the CPU, >= 0. error, level: (B,), alike.
+
+    ``theta`` is right but for rounding. ``upper`` is infinite where level <= 0.
+    """
+    result: tuple[Tensor, Tensor] = _ops.lanczos_bound(alpha, beta, error, level)
+    return result
+
+
 # ---- fake kernels: shapes and layouts without data ----
 
 
@@ -179,6 +207,11 @@ def _(grad_values, grad_half_width, grad_slack, values, half_width, norms, radiu
 def _(features, lower, upper, radius, weight, labels):  # type: ignore[no-untyped-def]
     shape = (features.shape[0], weight.shape[0])
     return features.new_empty(shape), features.new_empty(shape)
+
+
+@torch.library.register_fake("locallip_cuda::lanczos_bound")
+def _(alpha, beta, error, level):  # type: ignore[no-untyped-def]
+    return torch.empty_like(error), torch.empty_like(error)
 
 
 @torch.library.register_fake("locallip_cuda::margin_backward")

@@ -210,3 +210,27 @@ def margin(features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weigh
     box_wins = torch.where(direction > 0, above, below).norm(dim=2) <= radius.view(-1, 1)
     gain = torch.where(box_wins, box_only, gain)
     return torch.where(limit.squeeze(2) > 0, gain, 0)
+
+
+def lanczos_bound(alpha: Tensor, beta: Tensor, error: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """(theta, upper) as :func:`locallip_cuda.ops.lanczos_bound`, by a dense solve at every step of a bisection."""
+    steps = alpha.shape[1]
+    t_matrix = torch.diag_embed(alpha)
+    if steps > 1:
+        t_matrix = t_matrix + torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
+    theta = torch.linalg.eigvalsh(t_matrix)[:, -1]
+    weights = error[:, None].repeat(1, steps)
+    weights[:, -1] += (1 + 1e-6) * beta[:, -1]
+    eye = torch.eye(steps, dtype=alpha.dtype, device=alpha.device)
+
+    def proved(t: Tensor) -> Tensor:
+        overlap = torch.linalg.solve(t[:, None, None] * eye - t_matrix, weights)[:, 0]
+        holds: Tensor = overlap < level
+        return holds
+
+    low, high = theta.clamp_min(torch.finfo(alpha.dtype).tiny), torch.full_like(theta, 1e300)
+    for _ in range(200):
+        middle = torch.where(high > 4 * low, low.sqrt() * high.sqrt(), (low + high) / 2)
+        holds = proved(middle)
+        low, high = torch.where(holds, low, middle), torch.where(holds, middle, high)
+    return theta, torch.where(proved(high), high, math.inf)

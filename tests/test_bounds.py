@@ -561,16 +561,6 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "radius unknown": (lambda: call(radius="both"), ValueError, "radius: got 'both', want 'local' or 'global'"),
     "iterations negative": (lambda: call(iterations=-1), ValueError, "iterations: got -1, want an integer >= 0"),
     "guarantee unknown": (lambda: call(guarantee="sure"), ValueError, "guarantee: got 'sure', want one of"),
-    "guarantee probabilistic": (
-        lambda: call(guarantee="probabilistic"),
-        NotImplementedError,
-        "guarantee='probabilistic' is not implemented",
-    ),
-    "guarantee deterministic": (
-        lambda: call(guarantee="deterministic"),
-        NotImplementedError,
-        "guarantee='deterministic' is not implemented",
-    ),
     "failure probability": (lambda: call(failure_probability=1.5), ValueError, "failure_probability: got 1.5"),
     "labels as floats": (
         lambda: call().worst_logits(torch.zeros(2)),

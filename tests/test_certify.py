@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 import locallip_cuda as ll
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
+GUARANTEES = ["estimate", "probabilistic", "deterministic"]
+every_guarantee = pytest.mark.parametrize("guarantee", GUARANTEES)
 Setting = tuple[nn.Sequential, Tensor]
 
 
@@ -21,10 +24,13 @@ def setting(device: str, trained: Callable[[str], nn.Sequential], digits: tuple[
     return copy.deepcopy(trained("clipped-relu")).to(device), digits[0][:20].to(device)
 
 
-def test_fields(setting: Setting, device: str) -> None:
+@every_guarantee
+def test_fields(guarantee: str, setting: Setting, device: str) -> None:
     model, x = setting
-    c = ll.certify(model, x, 0.2, guarantee="estimate")
-    b = ll.local_bounds(model, x, 0.2, iterations=100)
+    torch.manual_seed(0)
+    c = ll.certify(model, x, 0.2, guarantee=guarantee)
+    torch.manual_seed(0)
+    b = ll.local_bounds(model, x, 0.2, iterations=100, guarantee=guarantee)
     assert torch.equal(c.prediction, model(x).argmax(1)) and c.prediction.dtype == torch.int64
     assert c.certified.dtype == torch.bool and torch.equal(c.certified, c.margin > 0)
     torch.testing.assert_close(c.margin, b.margin(), rtol=1e-6, atol=1e-8)
@@ -33,20 +39,41 @@ def test_fields(setting: Setting, device: str) -> None:
     assert not c.margin.requires_grad
 
 
+@pytest.mark.parametrize("guarantee, stated, width", [("probabilistic", 1e-6, 0.1), ("deterministic", 0, 1e-4)])
+def test_a_proof_is_a_little_below_the_estimate(
+    guarantee: str, stated: float, width: float, setting: Setting, device: str
+) -> None:
+    model, x = setting
+    proof = ll.certify(model, x, 0.2, guarantee=guarantee, failure_probability=1e-6)
+    estimate = ll.certify(model, x, 0.2, guarantee="estimate")
+    assert proof.guarantee == guarantee and proof.failure_probability == stated
+    assert proof.margin.dtype == proof.lipschitz.dtype == torch.float64
+    assert (proof.margin < estimate.margin).all() and (proof.lipschitz > estimate.lipschitz * (1 - 1e-9)).all()
+    assert (proof.margin > estimate.margin - width * estimate.margin.abs().max()).all()
+    assert torch.equal(proof.prediction, estimate.prediction)
+
+
+def test_the_default_is_a_proof(setting: Setting, device: str) -> None:
+    assert ll.certify(*setting, 0.1).guarantee == "probabilistic"
+    assert ll.certify(*setting, 0.1).failure_probability == 1e-9
+
+
 def test_it_says_that_an_estimate_proves_nothing(setting: Setting, device: str) -> None:
     c = ll.certify(*setting, 0.1, guarantee="estimate")
     assert c.guarantee == "estimate" and c.failure_probability == 1
     assert "proves nothing" in " ".join((ll.certify.__doc__ or "").split())
 
 
-def test_eps_per_sample_and_zero(setting: Setting, device: str) -> None:
+@every_guarantee
+def test_eps_per_sample_and_zero(guarantee: str, setting: Setting, device: str) -> None:
     model, x = setting
     eps = torch.linspace(0, 0.5, len(x), dtype=torch.float64, device=device)
-    c = ll.certify(model, x, eps, guarantee="estimate")
+    c = ll.certify(model, x, eps, guarantee=guarantee)
+    accuracy = {"rtol": 0.05, "atol": 1e-2} if guarantee == "probabilistic" else {"rtol": 1e-5, "atol": 1e-5}
     for i in (0, 7, 19):
-        alone = ll.certify(model, x[i : i + 1], float(eps[i]), guarantee="estimate")
-        torch.testing.assert_close(c.margin[i : i + 1], alone.margin, rtol=1e-6, atol=1e-8)
-    assert ll.certify(model, x, 0.0, guarantee="estimate").certified.all()
+        alone = ll.certify(model, x[i : i + 1], float(eps[i]), guarantee=guarantee)
+        torch.testing.assert_close(c.margin[i : i + 1], alone.margin, **accuracy)
+    assert ll.certify(model, x, 0.0, guarantee=guarantee).certified.all()
 
 
 def test_margin_shrinks_with_eps(setting: Setting, device: str) -> None:
@@ -54,21 +81,23 @@ def test_margin_shrinks_with_eps(setting: Setting, device: str) -> None:
     assert (margins[1:] < margins[:-1]).all()
 
 
-def test_ties_are_not_certified(device: str) -> None:
+@every_guarantee
+def test_ties_are_not_certified(guarantee: str, device: str) -> None:
     """A margin of zero is not above zero."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)).double().to(device)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    c = ll.certify(model, torch.rand(4, 2, dtype=torch.float64, device=device), 0.0, guarantee="estimate")
-    assert (c.margin == 0).all() and not c.certified.any()
+    c = ll.certify(model, torch.rand(4, 2, dtype=torch.float64, device=device), 0.0, guarantee=guarantee)
+    assert (c.margin <= 0).all() and not c.certified.any()
 
 
-def test_empty_batch(setting: Setting, device: str) -> None:
+@every_guarantee
+def test_empty_batch(guarantee: str, setting: Setting, device: str) -> None:
     model, x = setting
-    c = ll.certify(model, x[:0], 0.1, guarantee="estimate")
+    c = ll.certify(model, x[:0], 0.1, guarantee=guarantee)
     assert c.prediction.shape == c.certified.shape == c.margin.shape == c.lipschitz.shape == (0,)
-    assert ll.certified_radius(model, x[:0], max_eps=1.0, guarantee="estimate").shape == (0,)
+    assert ll.certified_radius(model, x[:0], max_eps=1.0, guarantee=guarantee).shape == (0,)
 
 
 def test_certified_radius_is_certified_and_tight(setting: Setting, device: str) -> None:
@@ -94,7 +123,8 @@ def test_certified_radius_is_zero_where_nothing_is_certified(setting: Setting, d
     assert (ll.certified_radius(model, x[:5], max_eps=0.5, guarantee="estimate") == 0).all()
 
 
-def test_certified_radius_of_a_linear_net_is_its_distance(device: str) -> None:
+@every_guarantee
+def test_certified_radius_of_a_linear_net_is_its_distance(guarantee: str, device: str) -> None:
     """One hidden layer that is the identity on the ball: the distance to the decision boundary, by hand."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double().to(device)
     with torch.no_grad():
@@ -103,8 +133,32 @@ def test_certified_radius_of_a_linear_net_is_its_distance(device: str) -> None:
             layer.bias.zero_()  # type: ignore[union-attr, operator]
         model[2].bias[1] = 60.0  # type: ignore[union-attr, operator, index]
     x = torch.tensor([[10.0, 10.0]], dtype=torch.float64, device=device)  # logits 70 and 60: (70 - 60) / 5 away
-    radius = ll.certified_radius(model, x, max_eps=8.0, tolerance=1e-4, guarantee="estimate")
+    radius = ll.certified_radius(model, x, max_eps=8.0, tolerance=1e-4, guarantee=guarantee)
     assert 2 - 1e-4 <= radius.item() <= 2
+
+
+@pytest.mark.parametrize("guarantee", ["probabilistic", "deterministic"])
+def test_certified_radius_of_a_proof_is_close_to_the_estimates(guarantee: str, setting: Setting, device: str) -> None:
+    model, x = setting[0], setting[1][:6]
+    proved = ll.certified_radius(model, x, max_eps=0.5, tolerance=0.01, guarantee=guarantee)
+    estimated = ll.certified_radius(model, x, max_eps=0.5, tolerance=0.01, guarantee="estimate")
+    assert proved.dtype == torch.float64 and (proved <= estimated.double() + 1e-6).all()
+    assert (proved >= estimated.double() - 0.02).all() and (proved > 0).any()
+
+
+def test_certified_radius_shares_the_failure_probability(
+    setting: Setting, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    honest = ll.certify
+
+    def spy(*arguments: Any, **options: Any) -> ll.Certificate:
+        asked.append(options["failure_probability"])
+        return honest(*arguments, **options)
+
+    monkeypatch.setattr(sys.modules["locallip_cuda.certify"], "certify", spy)
+    ll.certified_radius(setting[0], setting[1][:2], max_eps=1.0, tolerance=0.1, failure_probability=1e-6)
+    assert len(asked) > 1 and sum(asked) <= 1e-6 * (1 + 1e-9)
 
 
 def test_float32(setting: Setting, device: str) -> None:
@@ -118,8 +172,6 @@ def test_float32(setting: Setting, device: str) -> None:
 @pytest.mark.parametrize(
     "arguments, kind, message",
     [
-        ({}, NotImplementedError, "guarantee='probabilistic' is not implemented"),
-        ({"guarantee": "deterministic"}, NotImplementedError, "guarantee='deterministic' is not implemented"),
         ({"guarantee": "certain"}, ValueError, "guarantee: got 'certain', want one of 'estimate', 'probabilistic'"),
         ({"guarantee": "estimate", "failure_probability": 2.0}, ValueError, "failure_probability: got 2.0"),
     ],

@@ -814,16 +814,6 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "guarantee: got 'sure', want one of 'estimate', 'probabilistic', 'deterministic'",
     ),
-    "guarantee probabilistic": (
-        lambda: ll.masked_norm_bound(W),
-        NotImplementedError,
-        "guarantee='probabilistic' is not implemented yet",
-    ),
-    "guarantee deterministic": (
-        lambda: ll.masked_norm_bound(W, guarantee="deterministic"),
-        NotImplementedError,
-        "deterministic",
-    ),
     "failure probability 0": (
         lambda: ll.masked_norm_bound(W, guarantee="estimate", failure_probability=0),
         ValueError,

@@ -1,4 +1,5 @@
-"""Bounds with converged norms against attacks on each of their statements: no point of the ball may break one."""
+"""Proved bounds, and estimates with converged norms, against attacks on each of their statements: no point of the ball
+may break one."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 Radius = Literal["local", "global"]
 SLACK = 1e-7
 CONVERGED = 100
+PROOFS = ["probabilistic", "deterministic"]
 
 
 def column(t: Tensor, like: Tensor) -> Tensor:
@@ -99,6 +101,8 @@ def judge_everything(model: nn.Sequential, x: Tensor, eps: Tensor, *, steps: int
     radii: tuple[Radius, Radius] = ("local", "global")
     with torch.no_grad():
         bounds = [ll.local_bounds(model, x, eps, radius=r, iterations=CONVERGED) for r in radii]
+        if not any(isinstance(module, nn.Softplus) for module in model):
+            bounds += [ll.local_bounds(model, x, eps, radius=r, guarantee=g) for r in radii for g in PROOFS]
     judge = Judge(model, x, bounds)
     features, clean = model[:-1], bounds[0].features
     classes = bounds[0].logits.shape[1]

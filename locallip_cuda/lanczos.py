@@ -1,0 +1,206 @@
+"""Probabilistic bounds of masked operator norms: batched Golub-Kahan-Lanczos from fresh Gaussian vectors, in float64.
+
+For A = diag(row) W diag(col) and g Gaussian on the surviving columns, the overlap <v, g> with a top singular vector v
+of A is a standard normal number, whatever A is: |<v, g>| < c with probability at most c sqrt(2 / pi). Of several
+independent vectors all miss v so badly with probability at most (c sqrt(2 / pi))^starts = failure_probability. But for
+that event, a run that starts from q_0 = g / |g| with |<v, g>| >= c, and finds no eigenvalue of A^T A above theta,
+proves a bound of ||A||^2 little above theta: :func:`locallip_cuda.ops.lanczos_bound`, with |<v, q_0>| >= level =
+c / |g|. The event does not depend on the number of steps, so the runs may be watched and stopped as soon as the bound
+is tight. This needs about as many steps as the a priori theorem of Kuczynski and Wozniakowski, "Estimating the largest
+eigenvalue by the power and Lanczos algorithms with a random start" (1992), where the spectrum is dense at its end, and
+far fewer where it has a gap.
+
+Rounding. Nothing is assumed of the vectors but short local residuals, so they are not reorthogonalised and only three
+are held at a time. With nu >= || |A| ||_2 (the root of the largest absolute row sum times the largest column sum),
+m terms to a row and n to a column, and |q_j| <= 1 + 1e-6, one step
+
+    z = A q_j,   w = A^T z,   r = w - alpha_j q_j - beta_{j-1} q_{j-1},   q_{j+1} = r / beta_j
+
+leaves a local residual of at most ((gamma(m) + gamma(n)) 1.01 + 64 u) nu^2: gamma(m) nu^2 and gamma(n) nu^2 from the
+two products, 4u (|w| + |alpha q| + |beta q'|) <= 4u * 6 nu^2 from the differences and 3u * 3.1 nu^2 from the division;
+alpha and beta themselves may be any numbers. The masks carry a power of two that brings nu to [1, 2), so that only
+float64 weights that span more than 400 binary orders underflow, by less than UNDERFLOW. A rounded q_0 is off by at
+most 4u.
+
+Because a level below these residuals would prove nothing, there are as many starts as let each miss with a probability
+of 1e-5 or more. Two, at the default failure probability, need a fifth more applications than one would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from . import ops
+from .rounding import TINY, UNIT, exponent_of, gamma, power_of_two
+
+LEAST_MISS = 1e-5
+UNDERFLOW = 2.0**-180
+
+# Elements of the vectors that are worked on at a time: few enough for a cache, enough for many cores.
+CHUNK = 2**20
+
+
+def _apply(weight: Tensor, x: Tensor, conv: tuple[Sequence[int], Sequence[int], Sequence[int], int]) -> Tensor:
+    if weight.dim() == 2:
+        return x @ weight.T
+    stride, padding, dilation, groups = conv
+    return F.conv2d(x, weight, None, list(stride), list(padding), list(dilation), groups)
+
+
+def _apply_transposed(
+    weight: Tensor, z: Tensor, input_shape: Sequence[int], conv: tuple[Sequence[int], Sequence[int], Sequence[int], int]
+) -> Tensor:
+    if weight.dim() == 2:
+        return z @ weight
+    stride, padding, dilation, groups = conv
+    shape = [len(z), *input_shape]
+    x: Tensor = conv2d_input(shape, weight, z, list(stride), list(padding), list(dilation), groups)  # type: ignore[no-untyped-call]
+    return x
+
+
+def absolute_norms(
+    weight: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """(B,) at least ``|| |A| ||_2`` and so ``||A||_2``: root of the largest absolute row and column sums, float64.
+
+    0 exactly where no nonzero weight survives.
+    """
+    conv, size = (stride, padding, dilation, groups), weight.abs()
+
+    def units(mask: Tensor | None, shape: Sequence[int]) -> Tensor:
+        return size.new_ones(1, *shape) if mask is None else mask.to(size.dtype)
+
+    def largest(sums: Tensor, mask: Tensor | None) -> Tensor:
+        return (sums if mask is None else torch.where(mask, sums, 0)).flatten(1).amax(1)
+
+    columns = units(col_mask, input_shape[1:])
+    rows = _apply(size, columns, conv)
+    row_sums = largest(rows, row_mask)
+    col_sums = largest(_apply_transposed(size, units(row_mask, rows.shape[1:]), input_shape[1:], conv), col_mask)
+    terms = weight[0].numel() + weight[:, 0].numel()
+    # sums of positive numbers, and the product and roots after them; squares of tiny numbers would underflow
+    norms: Tensor = row_sums.sqrt() * col_sums.sqrt() * (1 + gamma(terms + 8))
+    return norms.expand(input_shape[0])
+
+
+def _enough_steps(level: float, tightness: float) -> int:
+    """Steps after which a Chebyshev polynomial has amplified an overlap of ``level`` past all else."""
+    gap = (1 + tightness) ** 2 - 1
+    return math.ceil(math.log(2 / level) / (2 * math.sqrt(gap)))
+
+
+def probable_norms(
+    weight: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    failure_probability: float,
+    tightness: float,
+) -> tuple[Tensor, Tensor]:
+    """(upper, estimate), float64 (B,): each ``upper`` holds with probability 1 - failure_probability.
+
+    ``weight``: float64, scaled so that its largest entry is near 1. Shapes as :func:`locallip_cuda.ops.masked_norm`.
+    ``upper`` is within a factor 1 + ``tightness`` of the estimate, but for operators so badly scaled that rounding
+    swamps them; these get a wider bound. The random vectors come from torch's global generator.
+    """
+    conv = (stride, padding, dilation, groups)
+    absolute = absolute_norms(weight, row_mask, col_mask, input_shape, *conv)
+    upper, estimate = absolute.clone(), torch.zeros_like(absolute)
+    alive = (absolute > 0).nonzero()[:, 0]
+    starts = max(math.ceil(math.log(failure_probability) / math.log(LEAST_MISS)), 1)
+    units = starts * max(math.prod(input_shape[1:]), weight.shape[0] * math.prod(input_shape[2:]))
+    for part in torch.split(alive, max(CHUNK // units, 1)) if len(alive) else ():
+        rows, cols = (None if mask is None else mask[part] for mask in (row_mask, col_mask))
+        shape = [len(part), *input_shape[1:]]
+        found = _bounds_of_chunk(
+            weight, rows, cols, shape, conv, absolute[part], starts, failure_probability, tightness
+        )
+        upper[part], estimate[part] = torch.minimum(upper[part], found[0]), found[1]
+    return upper, estimate
+
+
+def _bounds_of_chunk(
+    weight: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    input_shape: Sequence[int],
+    conv: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    absolute: Tensor,
+    starts: int,
+    failure_probability: float,
+    tightness: float,
+) -> tuple[Tensor, Tensor]:
+    batch, sizes = len(absolute), input_shape[1:]
+
+    def column(t: Tensor) -> Tensor:
+        return t.view(-1, *[1] * len(sizes))
+
+    exponent = exponent_of(absolute).clamp_min(-400)
+    power = power_of_two(-exponent)
+    # the state of the runs: (samples * starts, *), the starts of one sample next to each other
+    rows = column(power) if row_mask is None else row_mask * column(power)
+    cols = column(power) if col_mask is None else col_mask * column(power)
+    rows, cols = rows.repeat_interleave(starts, 0), cols.repeat_interleave(starts, 0)
+    q = torch.randn(starts * batch, *sizes, dtype=weight.dtype, device=weight.device)
+    if weight.dim() == 4:
+        q, rows, cols = (t.contiguous(memory_format=torch.channels_last) for t in (q, rows, cols))
+    q = q if col_mask is None else torch.where(cols != 0, q, 0)
+    length = q.flatten(1).norm(dim=1)
+    q = q / column(length)
+    before = torch.zeros_like(q)
+
+    level = math.sqrt(math.pi / 2) * failure_probability ** (1 / starts) / length.cpu() * (1 - 1e-9) - 4 * UNIT
+    terms = gamma(weight[0].numel()) + gamma(weight[:, 0].numel() * conv[3])
+    nu = (absolute * power).cpu().repeat_interleave(starts)
+    error = (1.01 * terms + 64 * UNIT) * nu.square() * (1 + 8 * UNIT) + 2 * UNDERFLOW
+
+    upper, estimate = torch.full((batch,), math.inf, dtype=torch.float64), torch.zeros(batch, dtype=torch.float64)
+    running = torch.arange(batch)
+    alpha, beta, last = [], [], torch.zeros_like(length)
+    limit = 2 * _enough_steps(float(level.clamp_min(TINY).min()), tightness)
+    check = 8
+    for step in range(1, limit + 1):
+        z = _apply(weight, q, conv) * rows
+        w = _apply_transposed(weight, z, sizes, conv) * cols
+        alpha.append(z.flatten(1).square().sum(1))
+        w = w.sub_(column(alpha[-1]) * q).sub_(column(last) * before)
+        last = w.flatten(1).norm(dim=1)
+        last = torch.where(last > UNDERFLOW, last, 0)  # an invariant subspace: the rest of the residual is an error
+        beta.append(last)
+        before, q = q, w * column(torch.where(last > 0, 1 / last, 0))
+        if step < check and step < limit:
+            continue
+        check = step + max(4, step // 8)
+        theta, top = ops.lanczos_bound(torch.stack(alpha, 1).cpu(), torch.stack(beta, 1).cpu(), error, level)
+        theta, top = theta.view(-1, starts).amax(1), top.view(-1, starts).amax(1)
+        upper[running], estimate[running] = torch.minimum(upper[running], top), theta
+        keep = upper[running] > (1 + tightness) ** 2 * theta
+        if not keep.any():
+            break
+        if keep.sum() <= 0.75 * len(keep):
+            running = running[keep]
+            both = keep.repeat_interleave(starts)
+            error, level, kept = error[both], level[both], both.to(q.device)
+            q, before, last, rows, cols = q[kept], before[kept], last[kept], rows[kept], cols[kept]
+            alpha, beta = [a[kept] for a in alpha], [b[kept] for b in beta]
+    return (
+        (upper.sqrt() * (1 + 4 * UNIT)).to(absolute.device) / power,
+        estimate.sqrt().to(absolute.device) / power,
+    )

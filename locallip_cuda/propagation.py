@@ -1,0 +1,100 @@
+"""The differentiable pass through a network that carries the clean value, a box, a radius and the masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .layers import Activation, Operator
+from .norms import values_are_at_hand
+
+# The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a
+# convolution has it nearly for free, a dense layer reads its whole weight for it. As a value they want to be converged.
+START_ITERATIONS = 8
+DENSE_START_ITERATIONS = 5
+GLOBAL_ITERATIONS = 30
+
+
+class Propagation:
+    """The state of one pass: what is known of the values behind the layers that have been passed."""
+
+    def __init__(self, x: Tensor, eps: Tensor, radius: str, iterations: int) -> None:
+        self.batch = x.shape[0]
+        self.eps = eps
+        self.local = radius == "local"
+        self.iterations = iterations
+        # clean values, followed by the box centres once there is a box: one convolution serves both
+        self.values = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        # at the input the ball lies inside the box +- eps, and so it does behind the first operator: no box needed yet
+        self.half_width: Tensor | None = None
+        self.reach = eps
+        self.column_mask: Tensor | None = None
+        self.row_masks: list[Tensor] = []
+        self.column_masks: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.sparsity_terms: list[Tensor] = []
+        self.operators: list[tuple[Operator, list[int]]] = []
+
+    def pass_layer(self, path: str, operator: Operator | None, activation: Activation) -> None:
+        """One layer: ``operator`` (the identity where None), then ``activation``."""
+        sizes = list(self.values.shape[1:])
+        columns = self.column_mask
+        if operator is None:
+            ones = self.values.new_ones(1, *sizes)
+            squared_row_norms = ones if columns is None else columns.to(ones.dtype)
+        else:
+            operator.check_input(path, self.values)
+            self.values = operator(self.values, operator.weight, operator.bias)
+            if self.half_width is not None:
+                self.half_width = operator(self.half_width, operator.weight.abs())
+            squared_row_norms = operator.squared_row_norms(columns, sizes, self.values, exact=self.local)
+        self.values, self.half_width, rows, self.column_mask, slack = ops.activation_pattern(
+            self.values,
+            self.half_width,
+            squared_row_norms,
+            self.reach,
+            activation.kind or "identity",
+            activation.first,
+            activation.second,
+        )
+        if not activation.kind:
+            self.values, self.half_width = _monotone(activation.module, self.values, self.half_width)
+        if operator is None:
+            return
+        if not self.local and activation.kind == "clipped_maxmin":
+            rows = torch.ones_like(rows)  # the paper removes none
+        self.norms.append(self._norm(path, operator, rows, columns, sizes))
+        self.row_masks.append(rows)
+        self.column_masks.append(self.column_mask)
+        self.sparsity_terms.append(slack.sum(0) / max(self.batch, 1))
+        self.operators.append((operator, sizes))
+
+    def _norm(self, path: str, operator: Operator, rows: Tensor, columns: Tensor | None, sizes: list[int]) -> Tensor:
+        if self.local:
+            with torch.no_grad():
+                steps = DENSE_START_ITERATIONS if operator.conv is None else START_ITERATIONS
+                start = operator.norm(None, None, [1, *sizes], None, steps)[1]
+            norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
+            self.reach = self.reach * norm
+        else:
+            global_norm, start, _ = operator.norm(
+                None, None, [1, *sizes], None, max(self.iterations, GLOBAL_ITERATIONS)
+            )
+            norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
+            self.reach = self.reach * global_norm
+        if values_are_at_hand(norm) and bool(norm.isnan().any()):
+            raise ValueError(f"model.{path}: got NaN or infinite weights, want finite ones")
+        return norm
+
+    def flatten(self) -> None:
+        self.values = self.values.flatten(1)
+        self.half_width = None if self.half_width is None else self.half_width.flatten(1)
+        self.column_mask = None if self.column_mask is None else self.column_mask.flatten(1)
+
+
+def _monotone(module: nn.Module, values: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
+    """Box through a monotone elementwise activation with slopes in [0, 1]."""
+    clean, centre = values.chunk(2)
+    lower, upper = module(centre - half_width), module(centre + half_width)
+    return torch.cat([module(clean), (lower + upper) / 2]), (upper - lower) / 2

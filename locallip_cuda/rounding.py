@@ -1,0 +1,64 @@
+"""What rounding can do to float64 arithmetic, and how a bound stays a bound: the constants of every proof here.
+
+The model is IEEE 754 binary64, rounded to nearest: fl(a op b) = (a op b)(1 + d), |d| <= UNIT, but for underflow, which
+adds at most TINY (also where denormals are flushed to zero). Higham, "Accuracy and Stability of Numerical Algorithms",
+2nd edition, chapters 2 and 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-53
+TINY = 2.0**-1022
+
+
+def gamma(k: int) -> float:
+    """Relative error of ``k`` roundings in a row, k u / (1 - k u), and so of an inner product of k terms in any order.
+
+    |fl(x . y) - x . y| <= gamma(k) |x| . |y| + k TINY (Higham, lemma 3.1 and section 3.1).
+    """
+    if k * UNIT >= 0.01:
+        raise ValueError(f"k: got {k} roundings, want fewer than {int(0.01 / UNIT)}")
+    return math.nextafter(k * UNIT / (1 - k * UNIT) * (1 + 4 * UNIT), math.inf)
+
+
+def up(t: Tensor) -> Tensor:
+    """A float64 at or above the exact result of the one operation that ``t`` is the rounded result of."""
+    return torch.where(t.abs() < TINY, TINY, torch.nextafter(t, torch.full_like(t, math.inf)))
+
+
+def down(t: Tensor) -> Tensor:
+    """A float64 at or below the exact result of the one operation that ``t`` is the rounded result of."""
+    return -up(-t)
+
+
+def rounded_up(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 ``t`` in ``dtype``, never below it."""
+    out = t.to(dtype)
+    return torch.where(out.double() < t, torch.nextafter(out, torch.full_like(out, math.inf)), out)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float64, exact, for integers in [-1022, 1023]; torch.ldexp and torch.pow may round."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def exponent_of(t: Tensor) -> Tensor:
+    """int64 e with 2^e <= t < 2^(e + 1), for positive t, kept in [-1000, 1000]."""
+    return (torch.frexp(t)[1].to(torch.int64) - 1).clamp(-1000, 1000)
+
+
+@contextmanager
+def textbook_products(device_type: str) -> Iterator[None]:
+    """Products are taken as the error bounds have them: in the dtype of the tensors, by sums of products.
+
+    No autocast; no cuDNN, some of whose convolutions (Winograd, FFT) are not sums of products.
+    """
+    with torch.autocast(device_type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+        yield

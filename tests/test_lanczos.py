@@ -1,0 +1,168 @@
+"""Probabilistic norms against singular values; the adversarial cases of every guarantee are in test_certificates.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import DEVICES, generator, true_norms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import locallip_cuda as ll
+from locallip_cuda import lanczos
+
+CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any]]] = [
+    ((5, 3, 3, 3), (3, 7, 6), {"padding": 1}),
+    ((4, 2, 4, 4), (2, 9, 8), {"stride": 2, "padding": 1}),
+    ((6, 2, 3, 2), (4, 6, 6), {"groups": 2, "dilation": (2, 1), "stride": (1, 2)}),
+    ((3, 4, 1, 1), (4, 5, 5), {}),
+    ((2, 2, 5, 5), (2, 3, 3), {"padding": 2}),
+    ((4, 1, 2, 2), (4, 6, 7), {"groups": 4, "stride": 2}),
+]
+
+
+def masks(batch: int, shape: tuple[int, ...], density: float, seed: int) -> Tensor:
+    return torch.rand(batch, *shape, generator=generator(seed)) < density
+
+
+def check(weight: Tensor, rows: Tensor | None, cols: Tensor | None, tightness: float = 5e-3, **conv: Any) -> None:
+    bound = ll.masked_norm_bound(weight, rows, cols, tightness=tightness, **conv)
+    size = conv.pop("input_size", None) or (tuple(cols.shape[1:]) if cols is not None else None)
+    true = true_norms(weight, rows, cols, size if weight.dim() == 4 else None, **conv).to(bound.upper.device)
+    assert bound.guarantee == "probabilistic" and bound.failure_probability == 1e-9
+    assert bound.upper.dtype == bound.estimate.dtype == weight.dtype
+    assert (bound.upper.double() >= true * (1 - 1e-14)).all()
+    rounding = 2 * torch.finfo(weight.dtype).eps
+    assert (bound.upper.double() <= true * (1 + tightness + rounding)).all(), "within the width asked for"
+    assert (bound.estimate.double() <= true * (1 + rounding + 1e-12)).all()
+    assert ((bound.upper == 0) == (true == 0)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (30, 70), (200, 150)])
+def test_dense(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    weight = torch.randn(*shape, generator=generator(1), dtype=torch.float64).to(dtype).to(device)
+    for density in (0.1, 0.6, 1.0):
+        rows, cols = (masks(5, (n,), density, k).to(device) for k, n in enumerate(shape))
+        check(weight, rows, cols)
+    check(weight, None, None)
+    check(weight, None, cols)
+    check(weight, rows, None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape, size, conv", CONVOLUTIONS)
+def test_convolution(shape: tuple[int, ...], size: tuple[int, int, int], conv: dict[str, Any], device: str) -> None:
+    weight = torch.randn(*shape, generator=generator(2)).to(device)
+    output = ll.masked_norm(weight, input_size=size, return_vectors=True, **conv)[2].shape[1:]
+    for density in (0.15, 0.7, 1.0):
+        rows, cols = masks(4, tuple(output), density, 3).to(device), masks(4, size, density, 4).to(device)
+        check(weight, rows, cols, **conv)
+    check(weight, None, None, input_size=size, **conv)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 24), st.integers(1, 24), st.floats(0, 1), st.integers(0, 10**6), st.sampled_from([0.05, 5e-4]))
+def test_shapes_and_masks(m: int, n: int, density: float, seed: int, tightness: float) -> None:
+    weight = torch.randn(m, n, generator=generator(seed), dtype=torch.float64)
+    check(weight, masks(3, (m,), density, seed), masks(3, (n,), density, seed + 1), tightness)
+
+
+def test_empty_masks_and_batches() -> None:
+    weight = torch.randn(4, 6)
+    rows = torch.tensor([[False] * 4, [True] * 4, [True, False, False, False]])
+    cols = torch.tensor([[True] * 6, [False] * 6, [False, True, False, False, False, False]])
+    bound = ll.masked_norm_bound(weight, rows, cols)
+    assert bound.upper[:2].tolist() == [0, 0] and bound.upper[2] >= weight[0, 1].abs()
+    assert ll.masked_norm_bound(weight, rows[:0], cols[:0]).upper.shape == (0,)
+    assert ll.masked_norm_bound(torch.zeros(3, 3)).upper.item() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_scales(scale: float) -> None:
+    weight = torch.randn(40, 30, generator=generator(6)) * scale
+    check(weight, masks(4, (40,), 0.6, 1), masks(4, (30,), 0.6, 2))
+    wide = torch.randn(40, 30, generator=generator(7), dtype=torch.float64) * scale**8
+    check(wide, masks(4, (40,), 0.6, 1), masks(4, (30,), 0.6, 2))
+
+
+def test_survivors_of_another_scale_than_the_weight() -> None:
+    """What survives may be 60 decimal orders below the largest weight."""
+    weight = torch.randn(20, 20, generator=generator(8))
+    weight[:10] *= 1e30
+    weight[10:] *= 1e-30
+    rows = torch.zeros(1, 20, dtype=torch.bool)
+    rows[:, 10:] = True
+    check(weight, rows, torch.ones(1, 20, dtype=torch.bool))
+
+
+def test_denormal_weights() -> None:
+    """Sound even where a float64 weight cannot be scaled without loss."""
+    tiny = torch.randn(6, 6, generator=generator(9), dtype=torch.float64) * 1e-310
+    assert ll.masked_norm_bound(tiny).upper.item() >= torch.linalg.matrix_norm(tiny * 2.0**1000, 2).item() * 2.0**-1000
+    mixed = torch.diag(torch.tensor([1.0, 5e-324], dtype=torch.float64)) * 1e300
+    mixed[1, 1] = 5e-324
+    rows = torch.tensor([[False, True]])
+    assert ll.masked_norm_bound(mixed, rows).upper.item() >= 5e-324
+    assert ll.masked_norm_bound(tiny.float()).upper.item() == 0
+
+
+def test_failures_are_as_rare_as_promised() -> None:
+    """At a failure probability of 0.25 bounds fail where a start nearly misses the top vector, and no more often."""
+    n, trials, probability = 400, 2000, 0.25
+    weight = torch.diag(torch.linspace(0, 0.5, n, dtype=torch.float64))
+    weight[7, 7] = 0.51
+    torch.manual_seed(0)
+    upper, _ = lanczos.probable_norms(
+        weight, None, torch.ones(trials, n, dtype=torch.bool), [trials, n], [1, 1], [0, 0], [1, 1], 1, probability, 0.02
+    )
+    fails = int((upper < 0.51).sum())
+    assert 0 < fails <= probability * trials + 4 * math.sqrt(trials * probability * (1 - probability)), fails
+
+
+def test_random_vectors_are_fresh_and_can_be_repeated() -> None:
+    weight = torch.randn(60, 60, generator=generator(10))
+    first, second = ll.masked_norm_bound(weight), ll.masked_norm_bound(weight)
+    assert first.upper != second.upper, "another start, another bound"
+    torch.manual_seed(3)
+    third = ll.masked_norm_bound(weight)
+    torch.manual_seed(3)
+    assert ll.masked_norm_bound(weight).upper == third.upper
+
+
+@pytest.mark.parametrize("probability", [0.5, 1e-3, 1e-9, 1e-30, 1e-200])
+def test_failure_probabilities(probability: float) -> None:
+    weight = torch.randn(80, 60, generator=generator(11), dtype=torch.float64)
+    bound = ll.masked_norm_bound(weight, failure_probability=probability)
+    true = torch.linalg.matrix_norm(weight, 2)
+    assert bound.failure_probability == probability
+    assert bound.upper.item() <= 1.005 * true and (probability > 1e-3 or bound.upper.item() >= true)
+
+
+def test_samples_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(8, 4, 3, 3, generator=generator(12))
+    rows, cols = masks(7, (8, 6, 6), 0.5, 1), masks(7, (4, 6, 6), 0.5, 2)
+    monkeypatch.setattr(lanczos, "CHUNK", 1)
+    check(weight, rows, cols, padding=1)
+
+
+def test_bad_arguments() -> None:
+    weight = torch.randn(3, 3)
+    for tightness in (0.0, -1.0, math.nan, math.inf, "tight"):
+        with pytest.raises(ValueError, match="tightness: got"):
+            ll.masked_norm_bound(weight, tightness=tightness)  # type: ignore[arg-type]
+    for probability in (0.0, 1.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="failure_probability: got"):
+            ll.masked_norm_bound(weight, failure_probability=probability)
+    with pytest.raises(TypeError, match="failure_probability: got str"):
+        ll.masked_norm_bound(weight, failure_probability="small")  # type: ignore[arg-type]
+    for guarantee in ("probabilistic", "deterministic", "estimate"):
+        with pytest.raises(ValueError, match="weight: got NaN or infinite"):
+            ll.masked_norm_bound(torch.tensor([[1.0, math.nan]]), guarantee=guarantee)
+    with pytest.raises(ValueError, match="guarantee: got 'certain'"):
+        ll.masked_norm_bound(weight, guarantee="certain")
