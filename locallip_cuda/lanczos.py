@@ -113,12 +113,13 @@ def probable_norms(
     groups: int,
     failure_probability: float,
     tightness: float,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(upper, estimate), float64 (B,): each ``upper`` holds with probability 1 - failure_probability.
 
     ``weight``: float64, scaled so that its largest entry is near 1. Shapes as :func:`locallip_cuda.ops.masked_norm`.
     ``upper`` is within a factor 1 + ``tightness`` of the estimate, but for operators so badly scaled that rounding
-    swamps them; these get a wider bound. The random vectors come from torch's global generator.
+    swamps them; these get a wider bound. The random vectors come from ``generator``, torch's global one by default.
     """
     conv = (stride, padding, dilation, groups)
     absolute = absolute_norms(weight, row_mask, col_mask, input_shape, *conv)
@@ -130,7 +131,7 @@ def probable_norms(
         rows, cols = (None if mask is None else mask[part] for mask in (row_mask, col_mask))
         shape = [len(part), *input_shape[1:]]
         found = _bounds_of_chunk(
-            weight, rows, cols, shape, conv, absolute[part], starts, failure_probability, tightness
+            weight, rows, cols, shape, conv, absolute[part], starts, failure_probability, tightness, generator
         )
         upper[part], estimate[part] = torch.minimum(upper[part], found[0]), found[1]
     return upper, estimate
@@ -146,6 +147,7 @@ def _bounds_of_chunk(
     starts: int,
     failure_probability: float,
     tightness: float,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     batch, sizes = len(absolute), input_shape[1:]
 
@@ -158,7 +160,7 @@ def _bounds_of_chunk(
     rows = column(power) if row_mask is None else row_mask * column(power)
     cols = column(power) if col_mask is None else col_mask * column(power)
     rows, cols = rows.repeat_interleave(starts, 0), cols.repeat_interleave(starts, 0)
-    q = torch.randn(starts * batch, *sizes, dtype=weight.dtype, device=weight.device)
+    q = torch.randn(starts * batch, *sizes, dtype=weight.dtype, device=weight.device, generator=generator)
     if weight.dim() == 4:
         q, rows, cols = (t.contiguous(memory_format=torch.channels_last) for t in (q, rows, cols))
     q = q if col_mask is None else torch.where(cols != 0, q, 0)

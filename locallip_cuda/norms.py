@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .lanczos import probable_norms
+from .cholesky import proved_norms
+from .lanczos import absolute_norms, probable_norms
 from .rounding import TINY, exponent_of, power_of_two, rounded_up, textbook_products, up
 
 
@@ -311,22 +312,27 @@ def norm_bound(
     scaled = weight.detach().double() * power_of_two(-exponent).item()
     arguments = (row_mask, col_mask, input_shape, *geometry)
     with textbook_products(weight.device.type):
-        if guarantee == "probabilistic":
-            upper, estimate = probable_norms(scaled, *arguments, failure_probability, tightness)
-        else:
+        if guarantee == "estimate":
             estimate = _estimates(scaled.to(weight.dtype), row_mask, col_mask, input_shape, geometry)
-            upper = estimate
+            return estimate * power.item(), estimate * power.item()
+        # the same random vectors at every call, where nothing depends on them but the width
+        generator = None if guarantee == "probabilistic" else torch.Generator(weight.device).manual_seed(0)
+        upper, estimate = probable_norms(scaled, *arguments, failure_probability, tightness, generator)
         if guarantee == "deterministic":
-            from .cholesky import proved_norms
-
-            on_cpu = [None if mask is None else mask.cpu() for mask in (row_mask, col_mask)]
-            whole = (scaled.cpu(), [1, *input_shape[1:]], geometry)
+            rows, cols = (None if mask is None else mask.cpu() for mask in (row_mask, col_mask))
             upper = proved_norms(
-                scaled.cpu(), *on_cpu, estimate.cpu(), input_shape, *geometry, cap=lambda: _proved_global_norm(*whole)
+                scaled.cpu(),
+                rows,
+                cols,
+                estimate.cpu(),
+                input_shape,
+                *geometry,
+                cap=lambda: _proved_global_norm(scaled.cpu(), input_shape, geometry),
             ).to(weight.device)
-    if guarantee != "estimate" and not torch.equal(scaled * power.item(), weight.detach().double()):
-        terms = weight[0].numel() * weight[:, 0].numel() * geometry[3]
-        upper = up(upper + math.sqrt(terms) * 2 * TINY)
+        if not torch.equal(scaled * power.item(), weight.detach().double()):
+            size = math.sqrt(weight[0].numel() * weight[:, 0].numel() * geometry[3])
+            touched = absolute_norms((weight != 0).double(), *arguments) > 0
+            upper = torch.where(touched, up(upper + size * 2 * TINY), upper)
     result = upper * power.item()
     return torch.where(result / power.item() < upper, up(result), result), estimate * power.item()  # denormals round
 
@@ -347,13 +353,13 @@ def _estimates(
 _global_norms: dict[tuple[Any, ...], float] = {}
 
 
-def _proved_global_norm(scaled: Tensor, input_shape: list[int], geometry: Geometry) -> float:
+def _proved_global_norm(scaled: Tensor, input_shape: Sequence[int], geometry: Geometry) -> float:
     """The deterministic bound without masks, proved once. Kept by the weight's content: an identity can go stale."""
-    from .cholesky import proved_norms
-
     content = hashlib.sha256(scaled.contiguous().numpy().tobytes()).digest()
-    key = (content, tuple(scaled.shape), tuple(input_shape), str(geometry))
+    key = (content, tuple(scaled.shape), tuple(input_shape[1:]), str(geometry))
     if key not in _global_norms:
-        estimate = _estimates(scaled, None, None, input_shape, geometry)
-        _global_norms[key] = float(proved_norms(scaled, None, None, estimate, input_shape, *geometry))
+        arguments = (None, None, [1, *input_shape[1:]], *geometry)
+        generator = torch.Generator().manual_seed(0)
+        _, estimate = probable_norms(scaled, *arguments, 1e-9, TIGHTNESS, generator)
+        _global_norms[key] = float(proved_norms(scaled, None, None, estimate, *arguments[2:]))
     return _global_norms[key]

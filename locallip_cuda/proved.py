@@ -30,6 +30,9 @@ from .rounding import TINY, UNIT, down, gamma, up
 # relative and absolute error that is allowed to a smooth activation of torch in float64, in units of UNIT
 SMOOTH_ERROR = 16
 
+# relative width of the probabilistic norms, which multiply up over the layers
+TIGHTNESS = 2e-3
+
 # elements (sample, class, feature) of the margin at a time
 CHUNK = 2**22
 
@@ -205,6 +208,7 @@ class ProvedPropagation:
                 operator.geometry,
                 self.guarantee,
                 self.failure_probability,
+                TIGHTNESS,
             )
         except ValueError as error:
             raise ValueError(f"model.{path}: {error}") from None
