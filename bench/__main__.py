@@ -4,6 +4,7 @@
     python -m bench -k training_step        run a part
     python -m bench --read RUN.json         print and check an earlier run
     python -m bench --compare OLD.json NEW.json   ratios of two runs (of two commits, say) side by side
+    python -m bench certificate --checkpoint RUN --data DATA_ROOT   what certificates cost by guarantee and by layer
 
 Ratios are between variants of one run, timed in turn, so they carry over between machines better than seconds do; a
 ratio is the median over the repeats of baseline time per sample by our time per sample.
@@ -13,14 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from bench import bench_certificate
+from bench.support import DEVICE
+from locallip_cuda import report as program
+from locallip_cuda.norms import GUARANTEES
 
 HERE = Path(__file__).parent
 THRESHOLDS = HERE / "thresholds.json"
@@ -156,6 +163,45 @@ def report(path: Path) -> int:
     return 1 if found else 0
 
 
+def certificate(arguments: argparse.Namespace) -> int:
+    """Time the certificates of one network, print the table and write the JSON. The times are no regression test."""
+    p = bench_certificate.problem(arguments.checkpoint, arguments.data, arguments.samples)
+    costs, layers = bench_certificate.run(p, arguments.guarantee, arguments.batch_size, arguments.published_samples)
+    environment = program.environment(DEVICE)
+    when, command = f"{datetime.now(timezone.utc):%Y-%m-%d}", shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    lines = [
+        f"- command: `{command}`",
+        f"- commit: {environment['commit']}, {when}",
+        f"- hardware: {environment['processor']}, {environment['threads']} threads; device {environment['device']}",
+        f"- software: torch {environment['torch']}, Python {environment['python']}",
+        f"- network: {p.title}",
+        f"- l2 radius {p.eps:.4g}; the first {len(p.x)} samples classified correctly, {arguments.batch_size} at a time",
+        "- rows, columns: the share that the masks keep in the first batch",
+    ]
+    published = costs.get(bench_certificate.PUBLISHED)
+    if published is not None:
+        lines.append(
+            f"- published: {bench_certificate.PUBLISHED_ITERATIONS} power iterations a layer, on masks from the "
+            f"published bounds, plain PyTorch in float32, {published.samples} of the samples at once (the ratios of "
+            f"Lipschitz constants are over these); its global norms took {published.once:.1f} s more, once"
+        )
+    print("\n".join(lines) + "\n\n" + bench_certificate.table(costs, layers))
+    if arguments.out:
+        values = {
+            "command": command,
+            "date": when,
+            "environment": environment,
+            "network": p.title,
+            "eps": p.eps,
+            "batch_size": arguments.batch_size,
+            "layers": [asdict(layer) for layer in layers],
+            "costs": {name: asdict(cost) | {"total": cost.total} for name, cost in costs.items()},
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(values, indent=1) + "\n")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,7 +212,29 @@ def main() -> int:
     )
     parser.add_argument("--read", type=Path, metavar="FILE", help="print and check an earlier run")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare the ratios of two runs")
+    commands = parser.add_subparsers(dest="command", metavar="certificate", help="see its own --help")
+    costs = commands.add_parser("certificate", description=(bench_certificate.__doc__ or "").split("\n")[0])
+    costs.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help=f"a checkpoint or the folder of a run (default: {bench_certificate.FALLBACK}, trained briefly here)",
+    )
+    costs.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    costs.add_argument("--samples", type=int, default=16, metavar="N", help="default: %(default)s")
+    costs.add_argument("--batch-size", type=int, default=8, metavar="N", help="at a time (default: %(default)s)")
+    costs.add_argument("--guarantee", nargs="+", choices=GUARANTEES, default=GUARANTEES, help="default: all")
+    costs.add_argument(
+        "--published-samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="so many of the samples for the published evaluation (default: %(default)s; 0 leaves it out)",
+    )
+    costs.add_argument("--out", type=Path, metavar="FILE", help="where the figures go as JSON")
     arguments = parser.parse_args()
+    if arguments.command == "certificate":
+        return certificate(arguments)
     if arguments.compare:
         old, new = (json.loads(path.read_text()) for path in arguments.compare)
         return compare(old, new)

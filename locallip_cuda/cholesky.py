@@ -46,11 +46,8 @@ RAISES = (2e-7, 2e-6, 2e-5, 2e-4, 2e-3, 2e-2, 2e-1)
 UNDERFLOW = 2.0**-900
 
 # rows eliminated at a time, and columns of the window updated at a time: tuned on two cores
-BLOCK = 384
-PANEL = 640
-
-# doubles of the products that the stencil is summed from at a time
-CHUNK = 2**23
+BLOCK = 512
+PANEL = 1024
 
 
 def proved_norms(
@@ -290,7 +287,7 @@ class _Side:
         inside = (height.view(len(height), 1, -1, 1) >= 0) & (width.view(1, len(width), 1, -1) >= 0)
         self.pixels = torch.where(inside, pixel, -1).flatten(2).flatten(0, 1)  # (taps, hidden pixels)
         self.weight, self.hidden, self.alive = weight, hidden, alive
-        pairs: dict[int, list[tuple[int, int, Tensor]]] = {}
+        pairs: dict[int, dict[int, list[tuple[int, Tensor]]]] = {}  # {offset: {tap: [(other tap, hidden pixels)]}}
         for k in range(len(weight)):
             for other in range(len(weight)):
                 both = (self.pixels[k] >= 0) & (self.pixels[other] >= 0)
@@ -298,7 +295,7 @@ class _Side:
                 for offset in torch.unique(offsets).tolist():  # more than one only where the image is narrow
                     if offset >= 0:
                         here = both & (self.pixels[other] - self.pixels[k] == offset)
-                        pairs.setdefault(offset, []).append((k, other, here))
+                        pairs.setdefault(offset, {}).setdefault(k, []).append((other, here.nonzero()[:, 0]))
         self.pairs = pairs
 
     def work(self) -> float:
@@ -309,14 +306,11 @@ class _Side:
     def gram(self) -> Banded:
         taps, hidden, visible = self.weight.shape
         stencil = {o: torch.zeros(len(self.alive), visible, visible, dtype=torch.float64) for o in self.pairs}
-        flat = self.weight.movedim(1, 0).reshape(hidden, taps * visible)
-        for pixels in torch.split(torch.arange(len(self.hidden)), max(CHUNK // flat.shape[1] ** 2, 1)):
-            masked = flat * self.hidden[pixels].unsqueeze(2)
-            products = (masked.transpose(1, 2) @ flat).view(len(pixels), taps, visible, taps, visible)
+        for k, own in enumerate(self.weight.transpose(1, 2)):
+            masked = own * self.hidden.unsqueeze(1)  # (hidden pixels, visible, hidden channels)
             for offset, pairs in self.pairs.items():
-                for k, other, here in pairs:
-                    chosen = here[pixels].nonzero()[:, 0]
-                    stencil[offset][self.pixels[k, pixels[chosen]]] += products[chosen, k, :, other]
+                for other, here in pairs.get(k, ()):
+                    stencil[offset][self.pixels[k, here]] += masked[here] @ self.weight[other]
         magnitude = self.weight.abs()
         sums = float(magnitude.sum((0, 1)).max()) * float(magnitude.sum((0, 2)).max())
         terms = taps * hidden

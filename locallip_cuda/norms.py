@@ -34,8 +34,10 @@ ESTIMATE_ITERATIONS = 100
 # units of all samples that the solver's 16 vectors are held for at a time
 ESTIMATE_CHUNK = 2**24
 
-# relative width of a probabilistic bound
+# relative width of a probabilistic bound, and of the run whose estimate a deterministic one starts from: a factorisation
+# that fails for an estimate not yet converged costs more than the steps that converge it
 TIGHTNESS = 5e-3
+CONVERGED = 1e-3
 
 GUARANTEES = ("estimate", "probabilistic", "deterministic")
 
@@ -316,7 +318,9 @@ def norm_bound(
             estimate = _estimates(scaled.to(weight.dtype), row_mask, col_mask, input_shape, geometry)
             return estimate * power.item(), estimate * power.item()
         # the same random vectors at every call, where nothing depends on them but the width
-        generator = None if guarantee == "probabilistic" else torch.Generator(weight.device).manual_seed(0)
+        generator = None
+        if guarantee == "deterministic":
+            generator, tightness = torch.Generator(weight.device).manual_seed(0), CONVERGED
         upper, estimate = probable_norms(scaled, *arguments, failure_probability, tightness, generator)
         if guarantee == "deterministic":
             rows, cols = (None if mask is None else mask.cpu() for mask in (row_mask, col_mask))
@@ -360,6 +364,6 @@ def _proved_global_norm(scaled: Tensor, input_shape: Sequence[int], geometry: Ge
     if key not in _global_norms:
         arguments = (None, None, [1, *input_shape[1:]], *geometry)
         generator = torch.Generator().manual_seed(0)
-        _, estimate = probable_norms(scaled, *arguments, 1e-9, TIGHTNESS, generator)
+        _, estimate = probable_norms(scaled, *arguments, 1e-9, CONVERGED, generator)
         _global_norms[key] = float(proved_norms(scaled, None, None, estimate, *arguments[2:]))
     return _global_norms[key]

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from bench import __main__ as command
-from bench import bench_activation_pattern, bench_margin, bench_masked_norm, bench_training_step, support
+from bench import (
+    bench_activation_pattern,
+    bench_certificate,
+    bench_margin,
+    bench_masked_norm,
+    bench_training_step,
+    support,
+)
+from bench.bench_certificate import Cost
+from locallip_cuda import checkpoint, presets, train
 
 CASE = "cifar10-6c2f"
 
@@ -117,3 +126,41 @@ def test_converged_norms_are_those_of_the_masked_matrices() -> None:
     expected = torch.linalg.matrix_norm((matrix * columns.flatten(1)[:, None, :]).detach(), 2)
     norms = support.converged_norms(convolution, None, columns, columns.shape)
     torch.testing.assert_close(norms, expected.double(), rtol=1e-5, atol=0)
+
+
+def test_certificates_are_timed_by_layer_on_samples_classified_correctly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = presets.recipe("digits")
+    state = {f"model/{name}": t for name, t in train.build_model(digits).state_dict().items()}
+    checkpoint.save(
+        tmp_path / train.CHECKPOINT_NAME, state, {"recipe": digits.to_dict(), "position": {"epoch": 0, "step": 0}}
+    )
+    problem = bench_certificate.problem(tmp_path, None, samples=3)
+    assert len(problem.x) == 3 and problem.model(problem.x).argmax(1).equal(problem.y)
+
+    out = tmp_path / "costs.json"
+    monkeypatch.setattr(bench_certificate, "PUBLISHED_ITERATIONS", 30)
+    arguments = ["--checkpoint", str(tmp_path), "--samples", "3", "--batch-size", "2", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["bench", "certificate", *arguments, "--published-samples", "2"])
+    assert command.main() == 0
+    figures = json.loads(out.read_text())
+    costs = figures["costs"]
+    assert list(costs) == ["estimate", "probabilistic", "deterministic", "published"]
+    assert [cost["samples"] for cost in costs.values()] == [3, 3, 3, 2]
+    assert [layer["name"] for layer in figures["layers"]] == [
+        "conv 3x3, 1 to 16 on 8x8",
+        "conv 4x4/2, 16 to 32 on 8x8",
+        "dense 512 to 64",
+    ]
+    for cost in costs.values():
+        assert len(cost["norms"]) == len(cost["layer_norms"][0]) == 3
+        assert min(*cost["norms"], cost["propagation"], cost["margin"]) > 0
+        assert cost["slowest"] >= cost["total"] / cost["samples"] * (1 - 1e-9)
+    printed = capsys.readouterr().out
+    assert "| norm: dense 512 to 64 |" in printed and "| Lipschitz constant / published |" in printed
+
+
+def test_ratio_of_lipschitz_constants_is_over_the_samples_of_both() -> None:
+    ours, other = Cost(samples=2, layer_norms=[[2.0, 3.0], [9.0, 9.0]]), Cost(samples=1, layer_norms=[[1.0, 4.0]])
+    assert bench_certificate.lipschitz_ratio(ours, other) == 1.5
