@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import secrets
 import shlex
 import signal
 import sys
@@ -18,8 +19,14 @@ from . import data, evaluation, models, report, train
 from .build_info import build_info
 from .checkpoint import CheckpointError
 from .distributed import Workers
+from .journal import Journal
+from .layers import UnsupportedModuleError
 from .norms import GUARANTEES, check_guarantee
 from .presets import PRESETS, Recipe, recipe
+
+
+class RefutedError(Exception):
+    """An attack broke what was proved."""
 
 
 def _real(text: str) -> float:
@@ -133,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     certifier = commands.add_parser(
         "certify",
         help="measure a trained network's clean, attacked and certified accuracy",
-        description="Measure a trained network on the test set. Prints a table; writes certify.json and certify.png.",
+        description="Measure a trained network on the test set. Prints a table; writes certify.json and certify.png. "
+        "A run that is stopped goes on where it was when the same command is given again.",
     )
     certifier.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
     certifier.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
@@ -142,18 +150,34 @@ def _parser() -> argparse.ArgumentParser:
     certifier.add_argument("--limit", type=int, metavar="N", help="only the first N test samples (default: all)")
     certifier.add_argument(
         "--guarantee",
+        nargs="+",
         choices=GUARANTEES,
-        default="estimate",
-        help="what the certificates promise; estimate, the default and the only one there is yet, promises nothing",
+        default=["probabilistic"],
+        metavar="NAME",
+        help="what to certify under, one or more of estimate (no proof; always measured beside the others), "
+        "probabilistic and deterministic (default: probabilistic)",
     )
     certifier.add_argument(
-        "--iterations", type=int, default=50, metavar="N", help="steps for the operator norms (default: 50)"
+        "--failure-probability",
+        type=_real,
+        default=1e-9,
+        metavar="X",
+        help="of a probabilistic certificate, for one sample (default: 1e-9)",
+    )
+    certifier.add_argument(
+        "--iterations", type=int, default=50, metavar="N", help="steps for the estimated norms (default: 50)"
     )
     certifier.add_argument(
         "--attack-steps", type=int, default=100, metavar="N", help="steps of the attack, each eps / 4 (default: 100)"
     )
-    certifier.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at a time (default: 256)")
-    certifier.add_argument("--seed", type=int, default=0, metavar="N", help="of the attack's random start (default: 0)")
+    certifier.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
+    certifier.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of the random vectors of attack and proofs; a probabilistic guarantee holds only where whoever chose the "
+        "network did not know it (default: drawn afresh, and written down)",
+    )
     certifier.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     certifier.set_defaults(run=_certify)
 
@@ -217,7 +241,8 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
-    check_guarantee(arguments.guarantee, 1e-9)
+    for guarantee in arguments.guarantee:
+        check_guarantee(guarantee, arguments.failure_probability)
     path: Path = arguments.checkpoint
     if path.is_dir():
         path = path / train.CHECKPOINT_NAME
@@ -228,42 +253,58 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     name = models.spec(stored.preset).data
     dataset = data.load(name, arguments.data, train=False)
     train.set_precision("fp32", device)
-    measurement = evaluation.measure(
-        model.to(device),
-        dataset,
-        eps,
-        radius=stored.radius,
-        guarantee=arguments.guarantee,
-        iterations=arguments.iterations,
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-        attack_steps=arguments.attack_steps,
-        seed=arguments.seed,
-        quiet=not sys.stderr.isatty(),
-    )
-    title = f"{stored.preset}, {stored.activation}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
-    print(report.table(measurement, title))
     out: Path = arguments.out or path.parent
     out.mkdir(parents=True, exist_ok=True)
-    context = {
-        "command": ["locallip", *command],
+    context: dict[str, Any] = {
         "checkpoint": {"path": str(path), "sha256": report.digest(path), "epoch": config["position"]["epoch"]},
         "recipe": stored.to_dict(),
-        "data": {"name": name, "split": "test", "samples": measurement.samples, "crc32": report.checksum(dataset)},
+        "data": {"name": name, "split": "test", "crc32": report.checksum(dataset)},
         "settings": {
+            "eps": eps,
+            "guarantees": arguments.guarantee,
+            "failure_probability": arguments.failure_probability,
             "iterations": arguments.iterations,
             "attack_steps": arguments.attack_steps,
             "attack_step_size": eps / 4,
             "batch_size": arguments.batch_size,
-            "seed": arguments.seed,
         },
-        "environment": report.environment(device),
     }
+    question = {"settings": context["settings"], "seed": arguments.seed, "device": device.type}
+    question |= {"checkpoint": context["checkpoint"]["sha256"], "data": context["data"], "build": build_info()}
+    seed = secrets.randbits(48) if arguments.seed is None else arguments.seed
+    journal = Journal(out / "certify.partial.json", question, seed)
+    if journal.samples:
+        print(f"Going on with {journal.path}: {len(journal.samples)} samples are done.")
+    try:
+        measurement = evaluation.measure(
+            model.to(device),
+            dataset,
+            eps,
+            journal,
+            radius=stored.radius,
+            guarantees=arguments.guarantee,
+            failure_probability=arguments.failure_probability,
+            iterations=arguments.iterations,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            attack_steps=arguments.attack_steps,
+            quiet=not sys.stderr.isatty(),
+        )
+    except KeyboardInterrupt:
+        print(f"Stopped with {len(journal.samples)} samples done. The same command goes on from there.")
+        return 128 + signal.SIGINT
+    title = f"{stored.preset}, {stored.activation}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
+    print(report.table(measurement, title))
+    context = {"command": ["locallip", *command], **context, "environment": report.environment(device)}
     report.write_json(out / "certify.json", measurement, context)
     if report.plot(out / "certify.png", measurement, f"{stored.preset}, {stored.activation}"):
         print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
     else:
         print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")
+    journal.remove()
+    broken = {guarantee: c.broken for guarantee, c in measurement.certified.items() if c.broken}
+    if set(broken) - {"estimate"}:
+        raise RefutedError(f"the attack broke samples that are proved: {broken}; this is a fault of the proof")
     return 0
 
 
@@ -281,13 +322,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(command)
     try:
         return int(arguments.run(arguments, command))
-    except (CheckpointError, ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (
+        CheckpointError,
+        UnsupportedModuleError,
+        ValueError,
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+    ) as error:
         message, code = str(error), 2
     except FileExistsError as error:
         message, code = f"{error} (--resume, --overwrite, --out)", 2
-    except NotImplementedError as error:
-        message, code = str(error), 2
-    except (OSError, ImportError, train.TrainingError) as error:
+    except (OSError, ImportError, RefutedError, train.TrainingError) as error:
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT

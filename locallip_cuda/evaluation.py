@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,36 @@ from tqdm import tqdm
 from .attack import pgd
 from .bounds import local_bounds
 from .data import Dataset
+from .journal import Journal
+from .layers import leaves
+from .norms import check_guarantee, stated_failure_probability
+from .proved import check_provable
 
 # The curve of certified accuracy is sampled at these multiples of the radius.
 CURVE = tuple(k / 4 for k in range(9))
+
+# samples of a batch that are put to a proof at a time: it holds more of each than an estimate does
+PROOF_BATCH = 16
+
+
+@dataclass
+class Certified:
+    """What one guarantee gave, over all samples measured.
+
+    Attributes:
+        accuracy: share that is certified for its label within the radius.
+        tried: how many samples were put to it. A proof is tried where the estimate certifies: a proved norm is not
+            below the estimate but for rounding, so that it would fail on the others.
+        seconds: time it took for those.
+        failure_probability: of the statement on one sample; 1 for an estimate, which states nothing.
+        broken: samples certified that the attack misclassifies nevertheless; above 0 this refutes the guarantee.
+    """
+
+    accuracy: float
+    tried: int
+    seconds: float
+    failure_probability: float
+    broken: int
 
 
 @dataclass
@@ -27,27 +53,29 @@ class Measurement:
 
     Attributes:
         clean, attacked: accuracy without attack, and under projected gradient descent within the radius.
-        certified_local, certified_global: certified accuracy with the local and with the global Lipschitz bound.
-        lipschitz_local: mean over the samples of the local Lipschitz constant of all layers but the last.
-        lipschitz_global: the global one.
-        certified_and_broken: samples that the local bound certifies and the attack misclassifies nevertheless; any
-            number above 0 refutes the certificates.
-        curve: rows (radius, certified_local, certified_global).
-        seconds: time each measurement took.
+        certified: what each guarantee gave, with the local Lipschitz bound; "estimate" is always there.
+        certified_global: certified accuracy with the global Lipschitz bound, an estimate.
+        lipschitz_local: mean over the samples of the local Lipschitz constant of all layers but the last, an estimate.
+        lipschitz_global: the global one, an estimate.
+        curve: rows (radius, certified accuracy with the local bound, with the global bound), estimates.
+        seconds: time each stage took.
+        seed: of the random vectors of attack and proofs.
+        per_sample: index, label, prediction, whether the attack failed, largest radius of the curve certified by the
+            estimate, and under "guarantees" margin, Lipschitz constant and verdict of every guarantee tried.
     """
 
     samples: int
     eps: float
-    guarantee: str
-    clean: float = 0.0
-    attacked: float = 0.0
-    certified_local: float = 0.0
-    certified_global: float = 0.0
-    lipschitz_local: float = 0.0
-    lipschitz_global: float = 0.0
-    certified_and_broken: int = 0
-    curve: list[tuple[float, float, float]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    clean: float
+    attacked: float
+    certified: dict[str, Certified]
+    certified_global: float
+    lipschitz_local: float
+    lipschitz_global: float
+    curve: list[tuple[float, float, float]]
+    seconds: dict[str, float]
+    seed: int
+    per_sample: list[dict[str, Any]]
 
 
 def global_radius(logits: Tensor, y: Tensor, weight: Tensor, lipschitz: float) -> Tensor:
@@ -64,131 +92,229 @@ def global_radius(logits: Tensor, y: Tensor, weight: Tensor, lipschitz: float) -
     return radius.scatter(1, y[:, None], torch.inf).amin(1)
 
 
-class _Stages:
-    """Times the stages of a measurement and shows them in one progress bar."""
+@dataclass
+class _Batch:
+    """One batch under measurement."""
 
-    def __init__(self, samples: int, device: torch.device, quiet: bool) -> None:
-        self.seconds: dict[str, float] = {}
-        self._samples = samples
-        self._device = device
-        self._quiet = quiet
+    indices: list[int]
+    x: Tensor
+    y: Tensor
+
+
+class _Examiner:
+    """Measures batches of samples; what each gives depends on its own samples and the seed alone."""
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        eps: float,
+        radius: Literal["local", "global"],
+        proofs: Sequence[str],
+        failure_probability: float,
+        iterations: int,
+        attack_steps: int,
+        seed: int,
+        seconds: dict[str, float],
+        bar: Any,
+    ) -> None:
+        self.model, self.eps, self.radius, self.proofs = model, eps, radius, proofs
+        self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
+        self.seed, self.seconds, self.bar = seed, seconds, bar
+
+    def __call__(self, batch: _Batch) -> list[dict[str, Any]]:
+        x, y = batch.x, batch.y
+        with self._stage("clean", x), torch.no_grad():
+            logits = self.model(x)
+        correct = logits.argmax(1) == y
+        with self._stage("estimate", x):
+            margin, lipschitz = self._estimated(x, y, self.eps)
+        certified = correct & (margin > 0)
+        with self._stage("attack", x):
+            generator = torch.Generator(x.device).manual_seed(self.seed + batch.indices[0])
+            attacked = pgd(self.model, x, y, self.eps, steps=self.attack_steps, generator=generator)
+            with torch.no_grad():
+                standing = correct & (self.model(attacked).argmax(1) == y)
+        with self._stage("curve", x):
+            reach = self._reach(x, y, correct, certified)
+        found: list[dict[str, Any]] = [
+            {
+                "label": int(y[i]),
+                "prediction": int(logits[i].argmax()),
+                "logits": logits[i].tolist(),
+                "attack_failed": bool(standing[i]),
+                "curve": float(reach[i]),
+                "guarantees": {"estimate": _verdict(bool(certified[i]), margin[i], lipschitz[i])},
+            }
+            for i in range(len(y))
+        ]
+        for guarantee in self.proofs:
+            torch.manual_seed(self.seed + batch.indices[0])
+            for part in torch.split(certified.nonzero()[:, 0], PROOF_BATCH):
+                with self._stage(guarantee, x):
+                    margin, lipschitz = self._proved(x[part], y[part], guarantee)
+                for k, i in enumerate(part.tolist()):
+                    verdict = _verdict(bool(margin[k] > 0), margin[k], lipschitz[k])
+                    found[i]["guarantees"][guarantee] = verdict
+        return found
 
     @contextmanager
-    def __call__(self, name: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
+    def _stage(self, name: str, x: Tensor) -> Iterator[None]:
+        self.bar.set_postfix_str(name)
         started = time.perf_counter()
-        total = self._samples if total is None else total
-        with tqdm(total=total, desc=name, unit="sample", leave=False, disable=self._quiet, dynamic_ncols=True) as bar:
-            yield bar.update
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[name] = time.perf_counter() - started
+        yield
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    @torch.no_grad()
+    def _estimated(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        bounds = local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations)
+        return bounds.margin(y), bounds.lipschitz
+
+    def _proved(self, x: Tensor, y: Tensor, guarantee: str) -> tuple[Tensor, Tensor]:
+        bounds = local_bounds(
+            self.model,
+            x,
+            self.eps,
+            radius=self.radius,
+            guarantee=guarantee,
+            failure_probability=self.failure_probability,
+        )
+        return bounds.margin(y), bounds.lipschitz
+
+    def _reach(self, x: Tensor, y: Tensor, correct: Tensor, certified: Tensor) -> Tensor:
+        """The largest factor of CURVE at which each sample is certified by the estimate, -1 where it is misclassified.
+
+        A certificate for a radius is one for every smaller radius: going up only certified samples are tried again,
+        going down only those that were not.
+        """
+        reach = torch.where(correct, 0.0, -1.0)
+        reach[certified] = 1.0
+        rising = certified
+        for factor in [f for f in CURVE if f > 1]:
+            rising = self._retry(x, y, rising, factor)
+            reach[rising] = factor
+        falling = correct & ~certified
+        for factor in [f for f in reversed(CURVE) if 0 < f < 1]:
+            found = self._retry(x, y, falling, factor)
+            reach[found] = factor
+            falling = falling & ~found
+        return reach
+
+    def _retry(self, x: Tensor, y: Tensor, candidates: Tensor, factor: float) -> Tensor:
+        found = torch.zeros_like(candidates)
+        if candidates.any():
+            found[candidates] = self._estimated(x[candidates], y[candidates], factor * self.eps)[0] > 0
+        return found
+
+
+def _verdict(certified: bool, margin: Tensor, lipschitz: Tensor) -> dict[str, Any]:
+    return {"certified": certified, "margin": float(margin), "lipschitz": float(lipschitz)}
 
 
 def measure(
     model: nn.Sequential,
     dataset: Dataset,
     eps: float,
+    journal: Journal,
     *,
     radius: Literal["local", "global"] = "local",
-    guarantee: str = "estimate",
+    guarantees: Sequence[str] = (),
+    failure_probability: float = 1e-9,
     iterations: int = 50,
-    batch_size: int = 256,
+    batch_size: int = 64,
     limit: int | None = None,
     attack_steps: int = 100,
-    seed: int = 0,
     quiet: bool = True,
 ) -> Measurement:
     """Measure ``model`` on the first ``limit`` samples of ``dataset`` (all by default) at l2 radius ``eps``.
 
-    radius: how the local bound grows its boxes, see :func:`locallip_cuda.local_bounds`.   iterations: steps for the
-    norms.   attack_steps: steps of size eps / 4, from a random start drawn from ``seed``.
+    journal: what is done already, and where results are kept, batch by batch; its seed is the one of attack and proofs.
+    radius: how the local bound grows its boxes, see :func:`locallip_cuda.local_bounds`.   guarantees: those to prove,
+    beside the estimate.   failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
+    estimated norms.   attack_steps: steps of size eps / 4.
 
-    The curve uses that a certificate for a radius is one for every smaller radius: going up only certified samples are
-    tried again, going down only those that were not.
-
-    NotImplementedError for a guarantee that is not there yet; ValueError for bad numbers.
+    ValueError for bad numbers; UnsupportedModuleError for a network without bounds, or without the proof asked for.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("iterations", iterations, 1), ("limit", limit, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    device = next(model.parameters()).device
-    dataset = dataset[:limit]
-    count = len(dataset)
-    stages = _Stages(count, device, quiet)
-    x, y = dataset.batch(torch.arange(count), device)
+    for guarantee in guarantees:
+        check_guarantee(guarantee, failure_probability)
+    proofs = [guarantee for guarantee in guarantees if guarantee != "estimate"]
     model.eval()
     last = model[-1]
     if not isinstance(last, nn.Linear):
         raise TypeError(f"model ends in {type(last).__name__}; it must end in a Linear layer")
-
-    def bounded(at: float, progress: Callable[[int], object], indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of ``indices`` are certified at radius ``at``, and their local Lipschitz constants."""
-        certified, lipschitz = [], []
-        for part in torch.split(indices, batch_size):
-            bounds = local_bounds(model, x[part], at, radius=radius, iterations=iterations, guarantee=guarantee)
-            certified.append(bounds.margin(y[part]) > 0)
-            lipschitz.append(bounds.lipschitz)
-            progress(len(part))
-        return torch.cat(certified), torch.cat(lipschitz)
-
-    everything = torch.arange(count, device=device)
+    if proofs:
+        check_provable(list(leaves(model, "")))
+    device = next(model.parameters()).device
+    dataset = dataset[:limit]
+    count, seconds = len(dataset), journal.seconds
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        tqdm(total=count, unit="sample", leave=False, disable=quiet, dynamic_ncols=True) as bar,
+    ):
+        examine = _Examiner(
+            model, eps, radius, proofs, failure_probability, iterations, attack_steps, journal.seed, seconds, bar
+        )
+        for first in range(0, count, batch_size):
+            indices = list(range(first, min(first + batch_size, count)))
+            if not all(i in journal.samples for i in indices):
+                found = examine(_Batch(indices, *dataset.batch(torch.tensor(indices), device)))
+                journal.samples.update(zip(indices, found, strict=True))
+                journal.save()
+            bar.update(len(indices))
     with torch.no_grad():
-        with stages("clean") as progress:
-            logits = []
-            for part in torch.split(everything, batch_size):
-                logits.append(model(x[part]))
-                progress(len(part))
-            clean_logits = torch.cat(logits)
-            correct = clean_logits.argmax(1) == y
-        with stages("global bound", 1):
-            first = local_bounds(model, x[:1], eps, radius=radius, iterations=iterations, guarantee=guarantee)
-            lipschitz_global = float(first.global_lipschitz)
-            radii = global_radius(clean_logits, y, last.weight, lipschitz_global)
-        with stages("local bound") as progress:
-            certified, lipschitz = bounded(eps, progress, everything)
-        certified = certified & correct
+        started = time.perf_counter()
+        x, _ = dataset.batch(torch.arange(1), device)
+        first_bounds = local_bounds(model, x, eps, radius=radius, iterations=iterations)
+        lipschitz_global = float(first_bounds.global_lipschitz)
+        seconds["global bound"] = time.perf_counter() - started
+    return _summary(journal, count, eps, proofs, failure_probability, last.weight, lipschitz_global)
 
-    with stages("attack") as progress:
-        standing = correct.clone()
-        generator = torch.Generator(device=device).manual_seed(seed)
-        for part in torch.split(everything, batch_size):
-            attacked = pgd(model, x[part], y[part], eps, steps=attack_steps, generator=generator)
-            with torch.no_grad():
-                standing[part] &= model(attacked).argmax(1) == y[part]
-            progress(len(part))
 
-    levels = {1.0: certified, 0.0: correct}
-    with torch.no_grad(), stages("curve") as progress:
-        for factor in [f for f in CURVE if f > 1]:
-            levels[factor] = _retry(levels[max(levels)], partial(bounded, factor * eps, progress))
-        below = certified
-        for factor in [f for f in reversed(CURVE) if 0 < f < 1]:
-            found = _retry(correct & ~below, partial(bounded, factor * eps, progress))
-            levels[factor] = below = below | found
+def _summary(
+    journal: Journal,
+    count: int,
+    eps: float,
+    proofs: Sequence[str],
+    failure_probability: float,
+    last_weight: Tensor,
+    lipschitz_global: float,
+) -> Measurement:
+    results = [{"index": i, **journal.samples[i]} for i in range(count)]
+    logits = torch.tensor([r.pop("logits") for r in results])
+    labels = torch.tensor([r["label"] for r in results])
+    radii = global_radius(logits, labels, last_weight.detach().cpu(), lipschitz_global)
+    correct = torch.tensor([r["prediction"] == r["label"] for r in results])
+    reach = torch.tensor([r["curve"] for r in results])
 
     def share(mask: Tensor) -> float:
         return mask.sum().item() / count
 
+    def certified(guarantee: str) -> Certified:
+        tried = [r for r in results if guarantee in r["guarantees"]]
+        yes = [r for r in tried if r["guarantees"][guarantee]["certified"]]
+        return Certified(
+            accuracy=len(yes) / count,
+            tried=len(tried),
+            seconds=journal.seconds.get(guarantee, 0.0),
+            failure_probability=stated_failure_probability(guarantee, failure_probability),
+            broken=sum(not r["attack_failed"] for r in yes),
+        )
+
     return Measurement(
         samples=count,
         eps=eps,
-        guarantee=guarantee,
         clean=share(correct),
-        attacked=share(standing),
-        certified_local=share(certified),
+        attacked=sum(r["attack_failed"] for r in results) / count,
+        certified={guarantee: certified(guarantee) for guarantee in ("estimate", *proofs)},
         certified_global=share(correct & (radii > eps)),
-        lipschitz_local=lipschitz.double().mean().item(),
+        lipschitz_local=sum(r["guarantees"]["estimate"]["lipschitz"] for r in results) / count,
         lipschitz_global=lipschitz_global,
-        certified_and_broken=int((certified & ~standing).sum()),
-        curve=[(f * eps, share(levels[f]), share(correct & (radii > f * eps))) for f in CURVE],
-        seconds=stages.seconds,
+        curve=[(f * eps, share(correct & (reach >= f)), share(correct & (radii > f * eps))) for f in CURVE],
+        seconds=dict(journal.seconds),
+        seed=journal.seed,
+        per_sample=results,
     )
-
-
-def _retry(candidates: Tensor, certify: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """Where among ``candidates`` (bool) ``certify``, asked for their indices, says yes."""
-    found = torch.zeros_like(candidates)
-    indices = candidates.nonzero()[:, 0]
-    if len(indices):
-        found[indices], _ = certify(indices)
-    return found

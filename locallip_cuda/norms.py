@@ -34,8 +34,8 @@ ESTIMATE_ITERATIONS = 100
 # units of all samples that the solver's 16 vectors are held for at a time
 ESTIMATE_CHUNK = 2**24
 
-# relative width of a probabilistic bound, and of the run whose estimate a deterministic one starts from: a factorisation
-# that fails for an estimate not yet converged costs more than the steps that converge it
+# relative width of a probabilistic bound, and of the run whose estimate a deterministic one starts from: where that has
+# not converged a factorisation fails, which costs more than the steps
 TIGHTNESS = 5e-3
 CONVERGED = 1e-3
 

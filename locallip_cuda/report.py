@@ -21,30 +21,49 @@ from .evaluation import Measurement
 
 CAVEAT = {
     "estimate": (
-        "Guarantee 'estimate': the norms come from an iteration that approaches the true ones from below, and its "
-        "arithmetic is rounded. The certified figures are estimates and no proof: they may be too high."
-    )
+        "estimate: no proof. The norms come from an iteration that approaches the true ones from below, and its "
+        "arithmetic is rounded: these figures may be too high."
+    ),
+    "probabilistic": (
+        "probabilistic: proved for the network in real arithmetic with its weights as stored, but for a failure of "
+        "probability {failure_probability:g} a sample."
+    ),
+    "deterministic": "deterministic: proved for the network in real arithmetic with its weights as stored.",
 }
 
 
+def caveats(measurement: Measurement) -> list[str]:
+    """What each guarantee of the measurement is worth, in plain words."""
+    return [CAVEAT[name].format(failure_probability=c.failure_probability) for name, c in measurement.certified.items()]
+
+
 def table(measurement: Measurement, title: str) -> str:
-    """The measurement as aligned plain text, with what its guarantee is worth in plain words."""
+    """The measurement as aligned plain text, with what its guarantees are worth."""
     m, seconds = measurement, measurement.seconds
+    estimate = m.certified["estimate"].accuracy
     rows = [
-        ("", "value", "time"),
-        ("clean accuracy", f"{m.clean:.2%}", f"{seconds['clean']:.1f} s"),
-        ("accuracy under attack (PGD)", f"{m.attacked:.2%}", f"{seconds['attack']:.1f} s"),
-        (f"certified ({m.guarantee}), local bound", f"{m.certified_local:.2%}", f"{seconds['local bound']:.1f} s"),
-        (f"certified ({m.guarantee}), global bound", f"{m.certified_global:.2%}", f"{seconds['global bound']:.1f} s"),
-        ("mean local Lipschitz constant", f"{m.lipschitz_local:.4g}", ""),
-        ("global Lipschitz constant", f"{m.lipschitz_global:.4g}", ""),
-        ("certified samples the attack broke", f"{m.certified_and_broken}", ""),
+        ("", "value", "against the estimate", "time", "a sample"),
+        ("clean accuracy", f"{m.clean:.2%}", "", f"{seconds['clean']:.1f} s", ""),
+        ("accuracy under attack (PGD)", f"{m.attacked:.2%}", "", f"{seconds['attack']:.1f} s", ""),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
+    for name, c in m.certified.items():
+        price = "" if name == "estimate" else f"{100 * (c.accuracy - estimate):+.2f} points"
+        each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
+        rows.append((f"certified ({name}), local bound", f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
+    broken = sum(c.broken for c in m.certified.values())
+    rows += [
+        ("certified (estimate), global bound", f"{m.certified_global:.2%}", "", f"{seconds['global bound']:.1f} s", ""),
+        ("mean local Lipschitz constant (estimate)", f"{m.lipschitz_local:.4g}", "", "", ""),
+        ("global Lipschitz constant (estimate)", f"{m.lipschitz_global:.4g}", "", "", ""),
+        ("certified samples the attack broke", f"{broken}", "", "", ""),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{row[i]:>{widths[i]}}" for i in range(1, 5))]).rstrip() for row in rows
+    ]
     rule = "-" * max(map(len, lines))
-    caveat = textwrap.fill(CAVEAT[m.guarantee], max(len(rule), 72))
-    return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, caveat])
+    notes = [textwrap.fill(text, max(len(rule), 72), subsequent_indent="  ") for text in caveats(m)]
+    return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *notes])
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -92,7 +111,7 @@ def checksum(dataset: Dataset) -> str:
 
 def write_json(path: Path, measurement: Measurement, context: dict[str, Any]) -> None:
     """The measurement and all that is needed to repeat it. OSError when it cannot be stored."""
-    values = {**context, "result": asdict(measurement), "caveat": CAVEAT[measurement.guarantee]}
+    values = {**context, "result": asdict(measurement), "caveats": caveats(measurement)}
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
@@ -107,8 +126,11 @@ def plot(path: Path, measurement: Measurement, title: str) -> bool:
     radii, local, everywhere = ([row[i] for row in m.curve] for i in range(3))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(radii, [100 * v for v in local], marker="o", label=f"local bound ({m.guarantee})")
-    axes.plot(radii, [100 * v for v in everywhere], marker="s", label=f"global bound ({m.guarantee})")
+    axes.plot(radii, [100 * v for v in local], marker="o", label="local bound (estimate)")
+    axes.plot(radii, [100 * v for v in everywhere], marker="s", label="global bound (estimate)")
+    for name, c in m.certified.items():
+        if name != "estimate":
+            axes.plot([m.eps], [100 * c.accuracy], marker="D", linestyle="none", label=f"local bound ({name})")
     axes.plot([m.eps], [100 * m.attacked], marker="x", linestyle="none", color="black", label="under attack (PGD)")
     axes.axvline(m.eps, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="l2 radius", ylabel="accuracy (%)", title=title, ylim=(0, 100), xlim=(0, max(radii) or 1))

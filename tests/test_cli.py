@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def test_help_explains_every_number_and_its_defaults(capsys: pytest.CaptureFixtu
             assert text.count(field.metadata["help"]) == 1, field.name
     assert "0.1551 for cifar10-4c3f, cifar10-6c2f; 0.16 for tinyimagenet-8c2f" in text
     assert "0.0001 for tinyimagenet-8c2f with (clipped-)maxmin" in text
-    assert "(default: 50)" in _help("certify", capsys)
+    text = _help("certify", capsys)
+    assert "(default: 50)" in text and "(default: probabilistic)" in text and "(default: 1e-9)" in text
 
 
 def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,9 +48,13 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["certify", str(out), "--limit", "100", "--attack-steps", "10", "--iterations", "10"]) == 0
     printed = capsys.readouterr().out
     assert "100 test samples of digits, l2 radius 0.25" in printed and "no proof" in " ".join(printed.split())
+    assert "certified (probabilistic), local bound" in printed and "points" in printed
+    assert not (out / "certify.partial.json").exists()
     assert (out / "certify.png").exists()
     values = json.loads((out / "certify.json").read_text())
     assert values["result"]["samples"] == 100 and values["result"]["eps"] == 0.25
+    assert values["settings"]["guarantees"] == ["probabilistic"] and values["result"]["seed"] >= 0
+    assert [sample["index"] for sample in values["result"]["per_sample"]] == list(range(100))
     assert values["command"][:3] == ["locallip", "certify", str(out)]
     assert values["recipe"]["epochs"] == 3 and values["environment"]["torch"] == torch.__version__
     assert cli.main(["certify", str(out / train.CHECKPOINT_NAME), "--limit", "9", "--out", str(tmp_path / "else")]) == 0
@@ -90,6 +96,43 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
     assert f"in epoch {position['epoch'] + 1}, step {position['step']} of" in printed
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_certification_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert cli.main([*TRAIN, "--epochs", "1", "--out", str(out)]) == 0
+    command = [sys.executable, "-m", "locallip_cuda", "certify", str(out), "--batch-size", "4", "--device", "cpu"]
+    command += ["--limit", "48"]
+    partial = out / "certify.partial.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        while not partial.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=60)
+    assert not errors and not (out / "certify.json").exists()
+    if number == signal.SIGINT:
+        assert process.returncode == 128 + number and "The same command goes on from there." in printed
+    done = len(json.loads(partial.read_text())["samples"])
+    assert 4 <= done < 48
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+    assert f"{done} samples are done" in finished.stdout and not partial.exists()
+    assert json.loads((out / "certify.json").read_text())["result"]["samples"] == 48
+
+
+def test_a_refuted_proof_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main([*TRAIN, "--epochs", "2", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("locallip_cuda.evaluation.pgd", lambda model, x, y, eps, **_: torch.zeros_like(x))
+    assert cli.main(["certify", str(tmp_path), "--limit", "50", "--eps", "0.01"]) == 1
+    captured = capsys.readouterr()
+    assert "the attack broke samples that are proved" in captured.err and captured.err.count("\n") == 1
+    assert "certified samples the attack broke" in captured.out
+
+
 def test_resume_takes_the_runs_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TRAIN, "--out", str(tmp_path)]
     assert cli.main([*options, "--epochs", "1", "--eps", "0.2"]) == 0
@@ -119,8 +162,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([*TRAIN, "--out", str(garbage)], "garbage"),
         (["certify", str(garbage)], "not a whole safetensors file"),
         (["certify", str(tmp_path / "no")], "no such checkpoint file"),
-        (["certify", str(good), "--guarantee", "probabilistic"], "'probabilistic' is not implemented yet"),
-        (["certify", str(good), "--guarantee", "deterministic"], "'deterministic' is not implemented yet"),
+        (["certify", str(good), "--failure-probability", "2"], "failure_probability: got 2"),
         (["certify", str(good), "--limit", "0"], "limit is 0"),
         (["certify", str(good), "--eps", "-0.5"], "eps"),
     ]:
@@ -131,6 +173,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for arguments, message in [
         (["train", "cifar100"], "invalid choice: 'cifar100'"),
         ([*TRAIN, "--eps", "wide"], "'wide' is not a number"),
+        (["certify", str(good), "--guarantee", "sure"], "invalid choice: 'sure'"),
         ([*TRAIN, "--device", "abacus"], "'abacus' is not a device"),
     ]:
         with pytest.raises(SystemExit) as done:

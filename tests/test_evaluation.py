@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from locallip_cuda import attack, data, evaluation, local_bounds, report, train
+from locallip_cuda.journal import Journal
+from locallip_cuda.layers import UnsupportedModuleError
 from locallip_cuda.presets import recipe
 
 EPS = 0.3
@@ -21,9 +24,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return model, data.load("digits", train=False)[:200]
 
 
+def measure(trained: Trained, folder: Path, **settings: Any) -> evaluation.Measurement:
+    return evaluation.measure(*trained, EPS, Journal(folder / "partial.json", settings, seed=0), **settings)
+
+
 @pytest.fixture(scope="module")
-def measured(trained: Trained) -> evaluation.Measurement:
-    return evaluation.measure(*trained, EPS, iterations=30, batch_size=64, attack_steps=20)
+def measured(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> evaluation.Measurement:
+    settings = {"iterations": 30, "attack_steps": 20, "guarantees": ["probabilistic", "deterministic"]}
+    return measure(trained, tmp_path_factory.mktemp("measured"), **settings)
 
 
 def test_figures_are_those_of_direct_computations(trained: Trained, measured: evaluation.Measurement) -> None:
@@ -32,16 +40,85 @@ def test_figures_are_those_of_direct_computations(trained: Trained, measured: ev
     with torch.no_grad():
         bounds = local_bounds(model, x, EPS, iterations=30)
         assert measured.clean == pytest.approx((model(x).argmax(1) == y).float().mean().item())
-        assert measured.certified_local == pytest.approx((bounds.margin(y) > 0).float().mean().item())
+        assert measured.certified["estimate"].accuracy == pytest.approx((bounds.margin(y) > 0).float().mean().item())
         assert measured.lipschitz_local == pytest.approx(bounds.lipschitz.mean().item(), rel=1e-4)
         assert measured.lipschitz_global == pytest.approx(bounds.global_lipschitz.item(), rel=1e-4)
     broken = attack.pgd(model, x, y, EPS, steps=20)
     assert measured.attacked == pytest.approx((model(broken).argmax(1) == y).float().mean().item(), abs=0.03)
-    assert measured.samples == 200 and measured.certified_and_broken == 0
+    assert measured.samples == 200 and not any(c.broken for c in measured.certified.values())
+
+
+def test_proofs(trained: Trained, measured: evaluation.Measurement) -> None:
+    """Each sample's proof is the library's; those that the estimate does not certify are not tried."""
+    model, dataset = trained
+    estimate = measured.certified["estimate"]
+    assert list(measured.certified) == ["estimate", "probabilistic", "deterministic"] and estimate.tried == 200
+    x, y = dataset.batch(torch.arange(200), torch.device("cpu"))
+    for guarantee, probability in (("probabilistic", 1e-9), ("deterministic", 0)):
+        c = measured.certified[guarantee]
+        assert c.failure_probability == probability and c.seconds > 0
+        assert c.tried == round(200 * estimate.accuracy)
+        assert estimate.accuracy - 0.011 <= c.accuracy <= estimate.accuracy
+        for sample in measured.per_sample[:8]:
+            if guarantee in sample["guarantees"]:
+                i, verdict = sample["index"], sample["guarantees"][guarantee]
+                bounds = local_bounds(model, x[i : i + 1], EPS, guarantee=guarantee)
+                assert verdict["margin"] == pytest.approx(bounds.margin(y[i : i + 1]).item(), rel=0.1, abs=0.05)
+                assert verdict["certified"] is (verdict["margin"] > 0)
+                assert verdict["lipschitz"] == pytest.approx(bounds.lipschitz.item(), rel=0.02)
+    for sample in measured.per_sample:
+        assert ("deterministic" in sample["guarantees"]) is sample["guarantees"]["estimate"]["certified"]
+
+
+def test_a_stopped_measurement_goes_on(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its third batch, it does that one again and no other, and ends with the same figures."""
+    settings: dict[str, Any] = {"iterations": 5, "attack_steps": 2, "batch_size": 16, "limit": 60}
+    settings["guarantees"] = ["probabilistic"]
+    (tmp_path / "whole").mkdir()
+    whole = measure(trained, tmp_path / "whole", **settings)
+    examined: list[int] = []
+    honest = evaluation._Examiner.__call__
+
+    def stop_at(limit: int) -> None:
+        def examine(self: Any, batch: Any) -> Any:
+            if len(examined) == limit:
+                raise KeyboardInterrupt
+            examined.append(batch.indices[0])
+            return honest(self, batch)
+
+        monkeypatch.setattr(evaluation._Examiner, "__call__", examine)
+
+    stop_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        measure(trained, tmp_path, **settings)
+    assert examined == [0, 16]
+    stop_at(100)
+    again = measure(trained, tmp_path, **settings)
+    assert examined == [0, 16, 32, 48]
+    assert again.per_sample == whole.per_sample and again.curve == whole.curve
+    assert again.seconds["estimate"] > 0
+
+
+def test_a_journal_answers_its_own_question_only(tmp_path: Path) -> None:
+    path = tmp_path / "partial.json"
+    first = Journal(path, {"eps": 0.1}, seed=7)
+    first.samples[3], first.seconds["clean"] = {"label": 1}, 2.0
+    first.save()
+    same = Journal(path, {"eps": 0.1}, seed=8)
+    assert same.samples == {3: {"label": 1}} and same.seconds == {"clean": 2.0} and same.seed == 7
+    other = Journal(path, {"eps": 0.2}, seed=8)
+    assert other.samples == {} and other.seconds == {} and other.seed == 8
+    for broken in (b"", b"{", b"[]", b'{"question": 1}', path.read_bytes()[:-5]):
+        path.write_bytes(broken)
+        assert Journal(path, {"eps": 0.1}, seed=9).samples == {}
+    first.remove()
+    first.remove()
+    assert not path.exists()
 
 
 def test_figures_come_in_the_order_they_must(measured: evaluation.Measurement) -> None:
-    assert 0 < measured.certified_global <= measured.certified_local <= measured.attacked <= measured.clean
+    certified = measured.certified["estimate"].accuracy
+    assert 0 < measured.certified_global <= certified <= measured.attacked <= measured.clean
     assert measured.lipschitz_local < measured.lipschitz_global
 
 
@@ -51,7 +128,7 @@ def test_curve(trained: Trained, measured: evaluation.Measurement) -> None:
     assert list(local) == sorted(local, reverse=True) and list(everywhere) == sorted(everywhere, reverse=True)
     assert all(a >= b for a, b in zip(local, everywhere, strict=True))
     assert local[0] == everywhere[0] == measured.clean
-    assert (local[4], everywhere[4]) == (measured.certified_local, measured.certified_global)
+    assert (local[4], everywhere[4]) == (measured.certified["estimate"].accuracy, measured.certified_global)
     model, dataset = trained
     x, y = dataset.batch(torch.arange(200), torch.device("cpu"))
     for radius, share in ((radii[2], local[2]), (radii[6], local[6])):  # one below the radius, one above
@@ -82,44 +159,61 @@ def test_global_radius_of_equal_rows() -> None:
     assert radius.tolist() == [torch.inf, -torch.inf, 0.0]
 
 
-def test_a_certificate_that_the_attack_breaks_is_counted(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_the_attack_breaks_is_counted(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluation, "pgd", lambda model, x, y, eps, **_: torch.zeros_like(x))
-    measured = evaluation.measure(*trained, EPS, iterations=4, attack_steps=1)
-    assert measured.certified_and_broken > 0
+    measured = measure(trained, tmp_path, iterations=4, attack_steps=1, limit=40, guarantees=["probabilistic"])
+    assert measured.certified["estimate"].broken > 0 and measured.certified["probabilistic"].broken > 0
 
 
-def test_limit_and_batches_change_nothing_else(trained: Trained) -> None:
-    model, dataset = trained
-    some = evaluation.measure(model, dataset, EPS, iterations=30, batch_size=7, limit=30, attack_steps=5)
-    direct = evaluation.measure(model, dataset[:30], EPS, iterations=30, batch_size=30, attack_steps=5)
+def test_limit_and_batches_change_nothing_else(trained: Trained, tmp_path: Path) -> None:
+    some = measure(trained, tmp_path, iterations=30, batch_size=7, limit=30, attack_steps=5)
+    direct = measure((trained[0], trained[1][:30]), tmp_path, iterations=30, batch_size=30, attack_steps=5)
     assert some.samples == 30 and some.curve == direct.curve
 
 
-def test_bad_numbers_are_named(trained: Trained) -> None:
+def test_bad_numbers_are_named(trained: Trained, tmp_path: Path) -> None:
     for name, value in (("batch_size", 0), ("iterations", 0), ("limit", 0)):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
-            evaluation.measure(*trained, EPS, **{name: value})
-    with pytest.raises(NotImplementedError, match="probabilistic"):
-        evaluation.measure(*trained, EPS, guarantee="probabilistic")
+            measure(trained, tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="guarantee: got 'sure'"):
+        measure(trained, tmp_path, guarantees=["sure"])
 
 
-def test_table_says_that_it_is_no_proof(measured: evaluation.Measurement) -> None:
+def test_what_has_no_proof_says_so_at_once(trained: Trained, tmp_path: Path) -> None:
+    smooth = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.Softplus(), torch.nn.Linear(5, 10)
+    )
+    with pytest.raises(UnsupportedModuleError, match="model.2: Softplus"):
+        measure((smooth, trained[1]), tmp_path, guarantees=["probabilistic"])
+    assert not (tmp_path / "partial.json").exists()
+
+
+def test_table_says_what_is_a_proof_and_what_is_none(measured: evaluation.Measurement) -> None:
     lines = report.table(measured, "title").splitlines()
-    assert lines[0] == "title" and "no proof" in lines[-1] + lines[-2]
-    for text, value in (
+    text = " ".join(" ".join(lines).split())
+    assert lines[0] == "title" and "estimate: no proof." in text
+    assert "a failure of probability 1e-09 a sample" in text and "deterministic: proved for the network" in text
+    for start, value in (
         ("clean accuracy", measured.clean),
         ("accuracy under attack (PGD)", measured.attacked),
-        ("certified (estimate), local bound", measured.certified_local),
+        ("certified (estimate), local bound", measured.certified["estimate"].accuracy),
+        ("certified (probabilistic), local bound", measured.certified["probabilistic"].accuracy),
+        ("certified (deterministic), local bound", measured.certified["deterministic"].accuracy),
         ("certified (estimate), global bound", measured.certified_global),
     ):
-        (line,) = [line for line in lines if line.startswith(text)]
+        (line,) = [line for line in lines if line.startswith(start)]
         assert f"{value:.2%}" in line and line.endswith(" s")
+        assert ("points" in line) is (start.startswith("certified (prob") or start.startswith("certified (det"))
 
 
 def test_json_and_plot(measured: evaluation.Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.write_json(tmp_path / "r.json", measured, {"command": ["locallip"]})
     values = json.loads((tmp_path / "r.json").read_text())
-    assert values["result"]["certified_local"] == measured.certified_local and "no proof" in values["caveat"]
+    certified = values["result"]["certified"]
+    assert certified["probabilistic"]["accuracy"] == measured.certified["probabilistic"].accuracy
+    assert len(values["result"]["per_sample"]) == 200 and "no proof" in values["caveats"][0]
     assert report.plot(tmp_path / "r.png", measured, "title")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)

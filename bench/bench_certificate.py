@@ -1,0 +1,247 @@
+"""Whole certificates, by guarantee and by layer, beside the published evaluation: what a proof costs.
+
+Each guarantee certifies the same samples in the same batches, in turn: `local_bounds` and its margin as
+`locallip_cuda.certify` calls them, so that the norm of each layer can be timed where it is taken. The samples are the
+first of a test set that the network classifies correctly, for no others are worth a certificate. The published
+evaluation is `paper_method` with 2000 power iterations a layer, in float32 and without gradients; its norms are
+estimates from below. Its global norms, which depend on no sample, are timed apart.
+
+It is a command of its own (`python -m bench certificate`) and no test of pytest-benchmark: a trained network is an
+input here, and a repeat takes minutes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bench import networks, paper_method
+from bench.support import DEVICE, synchronize
+from locallip_cuda import LocalBounds, data, local_bounds, models, report, train
+from locallip_cuda.data import Dataset
+from locallip_cuda.norms import ESTIMATE_ITERATIONS
+from locallip_cuda.propagation import Propagation
+from locallip_cuda.proved import ProvedPropagation
+
+PUBLISHED = "published"
+PUBLISHED_ITERATIONS = 2000
+# Rounds of the published loop for the worst logits: more than it takes to end by itself in most samples.
+ROUNDS = 10
+# The network without a checkpoint.
+FALLBACK = "cifar10-6c2f"
+
+
+@dataclass
+class Problem:
+    """A network, the test images to certify (all classified correctly), and what they are."""
+
+    title: str
+    model: nn.Sequential
+    x: Tensor
+    y: Tensor
+    eps: float
+
+
+@dataclass
+class Cost:
+    """Seconds of one method, summed over its samples, and what it found.
+
+    Attributes:
+        norms: of each layer but the last.
+        propagation: boxes, balls, activations and masks; all but norms and margin.
+        slowest: seconds a sample in the slowest batch.
+        once: the published method's global norms, not in the others.
+        layer_norms: by sample and layer.
+    """
+
+    samples: int = 0
+    norms: list[float] = field(default_factory=list)
+    propagation: float = 0.0
+    margin: float = 0.0
+    slowest: float = 0.0
+    once: float = 0.0
+    certified: int = 0
+    layer_norms: list[list[float]] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return sum(self.norms) + self.propagation + self.margin
+
+    def add(self, bounding: float, norms: Sequence[float], margin: float, layer_norms: Tensor, holds: Tensor) -> None:
+        """One batch. bounding: seconds of all but the margin and `once`, the norms among them."""
+        batch = len(layer_norms)
+        self.samples += batch
+        self.norms = [a + b for a, b in zip(self.norms or [0.0] * len(norms), norms, strict=True)]
+        self.propagation += bounding - sum(norms)
+        self.margin += margin
+        self.slowest = max(self.slowest, (bounding + margin) / batch)
+        self.certified += int(holds.sum())
+        self.layer_norms += layer_norms.tolist()
+
+
+@dataclass
+class Layer:
+    """What a layer is, and the shares of its rows and columns that the masks keep."""
+
+    name: str
+    rows: float
+    columns: float
+
+
+def problem(checkpoint: Path | None, data_root: Path | None, samples: int) -> Problem:
+    """The network of a checkpoint (a file or the folder of a run) with its test set, or one of `bench.networks`."""
+    if checkpoint is not None:
+        path = checkpoint / train.CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
+        model, recipe, config = train.load_model(path)
+        dataset = data.load(models.spec(recipe.preset).data, data_root, train=False)
+        eps = recipe.eps
+        epochs, digest = config["position"]["epoch"], report.digest(path)[:12]
+        title = f"{recipe.preset}, {recipe.activation}, {epochs} epochs (checkpoint {digest}); {dataset.name} test set"
+    else:
+        model, eps = networks.trained(FALLBACK), networks.RECIPES[FALLBACK].eps
+        x, y = networks.images(FALLBACK, 4 * samples + 64, seed=10**6)
+        dataset = Dataset("synthetic", (x * 255).round().to(torch.uint8), y, 10)
+        title = f"{FALLBACK}, trained briefly on synthetic images of digits (bench/networks.py), which are the samples"
+    model = model.to(DEVICE).eval()
+    return Problem(title, model, *correct_samples(model, dataset, samples), eps)
+
+
+@torch.no_grad()
+def correct_samples(model: nn.Sequential, dataset: Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` images that the model classifies correctly, and their labels."""
+    found = torch.empty(0, dtype=torch.int64)
+    for part in torch.arange(len(dataset)).split(256):
+        x, y = dataset.batch(part, DEVICE)
+        found = torch.cat([found, part[(model(x).argmax(1) == y).cpu()]])
+        if len(found) >= count:
+            return dataset.batch(found[:count], DEVICE)
+    raise ValueError(f"samples: got {count}, but the network classifies only {len(found)} images correctly")
+
+
+def _now() -> float:
+    synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def _timed(owner: object, name: str, seconds: list[float]) -> Iterator[None]:
+    """Append what each call of `owner`'s function takes to `seconds`."""
+    function: Callable[..., Any] = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = _now()
+        result = function(*args, **kwargs)
+        seconds.append(_now() - start)
+        return result
+
+    with mock.patch.object(owner, name, call):
+        yield
+
+
+def certify_batch(model: nn.Sequential, x: Tensor, y: Tensor, eps: float, guarantee: str, cost: Cost) -> LocalBounds:
+    norms: list[float] = []
+    with torch.no_grad(), _timed(Propagation, "_norm", norms), _timed(ProvedPropagation, "_norm", norms):
+        start = _now()
+        bounds = local_bounds(model, x, eps, iterations=ESTIMATE_ITERATIONS, guarantee=guarantee)
+        bounded = _now()
+        margin = bounds.margin(y)
+        cost.add(bounded - start, norms, _now() - bounded, bounds.layer_norms, margin > 0)
+    return bounds
+
+
+def evaluate_as_published(model: nn.Sequential, x: Tensor, y: Tensor, eps: float, cost: Cost) -> None:
+    norms: list[float] = []
+    with torch.no_grad(), _timed(paper_method, "_power_iteration", norms):
+        start = _now()
+        bounds = paper_method.paper_bounds(model, x, eps, PUBLISHED_ITERATIONS)
+        bounded = _now()
+        holds = bounds.worst_logits(y, ROUNDS).argmax(1) == y
+        margin = _now() - bounded
+    # the global norms come first, on the way through the network, and the local ones at its end
+    layers = len(norms) // 2
+    once = sum(norms[:layers])
+    cost.once += once
+    cost.add(bounded - start - once, norms[layers:], margin, bounds.layer_norms, holds)
+
+
+def describe_layers(bounds: LocalBounds) -> list[Layer]:
+    layers = []
+    for index, (operator, sizes) in enumerate(bounds.operators):
+        weight = operator.weight
+        if operator.conv is None:
+            name = f"dense {weight.shape[1]} to {weight.shape[0]}"
+        else:
+            stride, _, _, groups = operator.conv
+            kernel = f"{weight.shape[2]}x{weight.shape[3]}" + (f"/{stride[0]}" if stride[0] > 1 else "")
+            name = f"conv {kernel}, {weight.shape[1] * groups} to {weight.shape[0]} on {sizes[1]}x{sizes[2]}"
+        columns = bounds.column_masks[index - 1].double().mean().item() if index else 1.0
+        layers.append(Layer(name, bounds.row_masks[index].double().mean().item(), columns))
+    return layers
+
+
+def run(
+    p: Problem, guarantees: Sequence[str], batch_size: int, published_samples: int
+) -> tuple[dict[str, Cost], list[Layer]]:
+    """Costs by guarantee, the published evaluation's last, and the layers (their masks in the first batch)."""
+    costs = {guarantee: Cost() for guarantee in guarantees}
+    layers: list[Layer] = []
+    with tqdm(total=len(p.x) * len(costs), unit="sample", leave=False) as bar:
+        for guarantee in guarantees:
+            if guarantee != "deterministic":  # loads what a process loads once; there it is nothing beside the rest
+                certify_batch(p.model, p.x[:1], p.y[:1], p.eps, guarantee, Cost())
+        for x, y in zip(p.x.split(batch_size), p.y.split(batch_size), strict=True):
+            for guarantee, cost in costs.items():
+                bar.set_description(guarantee)
+                bounds = certify_batch(p.model, x, y, p.eps, guarantee, cost)
+                layers = layers or describe_layers(bounds)
+                bar.update(len(x))
+        if published_samples:
+            bar.set_description(PUBLISHED)
+            costs[PUBLISHED] = Cost()
+            x, y = p.x[:published_samples], p.y[:published_samples]
+            evaluate_as_published(p.model, x, y, p.eps, costs[PUBLISHED])
+    return costs, layers
+
+
+def lipschitz_ratio(cost: Cost, other: Cost) -> float:
+    """Mean over the samples of both of the product of the layer norms divided by the other's."""
+    both = min(cost.samples, other.samples)
+    ours, theirs = (torch.tensor(c.layer_norms[:both], dtype=torch.float64).prod(1) for c in (cost, other))
+    return (ours / theirs).mean().item()
+
+
+def table(costs: dict[str, Cost], layers: Sequence[Layer]) -> str:
+    """Seconds a sample in Markdown: a column a method, a row a layer."""
+
+    def row(name: str, cells: Iterable[object], rows: str = "", columns: str = "") -> list[str]:
+        return [name, rows, columns, *map(str, cells)]
+
+    def each(name: str, values: Iterable[float], rows: str = "", columns: str = "") -> list[str]:
+        cells = [f"{value / cost.samples:.3f}" for value, cost in zip(values, costs.values(), strict=True)]
+        return row(name, cells, rows, columns)
+
+    all_costs = list(costs.values())
+    rows = [row("seconds a sample", costs, "rows", "columns"), row("---", ["---:"] * len(costs), "---:", "---:")]
+    for index, layer in enumerate(layers):
+        norms = [cost.norms[index] for cost in all_costs]
+        rows.append(each(f"norm: {layer.name}", norms, f"{layer.rows:.0%}", f"{layer.columns:.0%}"))
+    rows.append(each("propagation", [cost.propagation for cost in all_costs]))
+    rows.append(each("margin", [cost.margin for cost in all_costs]))
+    rows.append(each("all", [cost.total for cost in all_costs]))
+    rows.append(row("all, in the slowest batch", [f"{cost.slowest:.3f}" for cost in all_costs]))
+    rows.append(row("samples", [cost.samples for cost in all_costs]))
+    rows.append(row("certified", [cost.certified for cost in all_costs]))
+    yardstick = costs.get(PUBLISHED)
+    if yardstick is not None:
+        ratios = [f"{lipschitz_ratio(cost, yardstick):.4f}" for cost in all_costs]
+        rows.append(row("Lipschitz constant / published", ratios))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
