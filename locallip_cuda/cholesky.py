@@ -79,11 +79,12 @@ def proved_norms(
         if cap is not None and all(mask is None or bool(mask.all()) for mask in (rows, cols)):
             upper[b] = min(float(trivial[b]), cap())
             continue
-        exponent = exponent_of(trivial[b]).clamp(-500, 0)
+        exponent = exponent_of(trivial[b]).clamp(-900, 0)
         scale = float(power_of_two(-exponent))
-        pieces = list(_pieces(weight * scale, rows, cols, input_shape[1:], conv))
+        size = float(trivial[b]) * scale
+        pieces = list(_pieces(weight * scale, rows, cols, size, input_shape[1:], conv))
         limit = None if cap is None else (lambda scale=scale: cap() * scale)
-        upper[b] = _search(pieces, float(estimate[b]) * scale, float(trivial[b]) * scale, limit) / scale
+        upper[b] = _search(pieces, float(estimate[b]) * scale, size, limit) / scale
     return upper
 
 
@@ -213,17 +214,20 @@ def _pieces(
     weight: Tensor,
     rows: Tensor | None,
     cols: Tensor | None,
+    absolute: float,
     size: Sequence[int],
     conv: tuple[Sequence[int], Sequence[int], Sequence[int], int],
 ) -> Iterator[Dense | Banded]:
-    """The Gram matrix of one sample's operator, as blocks on a diagonal."""
+    """The Gram matrix of one sample's operator, as blocks on a diagonal.
+
+    absolute: at least the root of the largest absolute row sum times the largest absolute column sum of what survives.
+    """
+    square = absolute * absolute * (1 + 4 * UNIT)
     if weight.dim() == 2:
         kept = weight if rows is None else weight[rows]
         kept = kept if cols is None else kept[:, cols]
         kept = kept if len(kept) <= kept.shape[1] else kept.T
-        magnitude = kept.abs()
-        sums = float(magnitude.sum(1).max()) * float(magnitude.sum(0).max()) * (1 + gamma(sum(kept.shape) + 4))
-        yield Dense(kept @ kept.T, gamma(kept.shape[1] + 2) * sums + UNDERFLOW)
+        yield Dense(kept @ kept.T, gamma(kept.shape[1] + 2) * square * (1 + 4 * UNIT) + UNDERFLOW)
         return
     stride, padding, dilation, groups = conv
     out, channels = weight.shape[0] // groups, weight.shape[1]
@@ -231,13 +235,14 @@ def _pieces(
         own = weight[g * out : (g + 1) * out]
         own_rows = None if rows is None else rows[g * out : (g + 1) * out]
         own_cols = None if cols is None else cols[g * channels : (g + 1) * channels]
-        yield _convolution(own, own_rows, own_cols, size[1:], stride, padding, dilation)
+        yield _convolution(own, own_rows, own_cols, square, size[1:], stride, padding, dilation)
 
 
 def _convolution(
     weight: Tensor,
     rows: Tensor | None,
     cols: Tensor | None,
+    square: float,
     size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -269,7 +274,7 @@ def _convolution(
         _Side(inputs, size, by_tap, row_units, col_units),
         _Side(outputs, output, by_tap.transpose(1, 2), col_units, row_units),
     ]
-    return min(sides, key=lambda side: side.work()).gram()
+    return min(sides, key=lambda side: side.work()).gram(square)
 
 
 class _Side:
@@ -303,7 +308,7 @@ class _Side:
         units, pixels = float(self.alive.sum()), len(self.alive)
         return units * (units / pixels * (max(self.pairs, default=0) + 1)) ** 2
 
-    def gram(self) -> Banded:
+    def gram(self, square: float) -> Banded:
         taps, hidden, visible = self.weight.shape
         stencil = {o: torch.zeros(len(self.alive), visible, visible, dtype=torch.float64) for o in self.pairs}
         for k, own in enumerate(self.weight.transpose(1, 2)):
@@ -311,8 +316,5 @@ class _Side:
             for offset, pairs in self.pairs.items():
                 for other, here in pairs.get(k, ()):
                     stencil[offset][self.pixels[k, here]] += masked[here] @ self.weight[other]
-        magnitude = self.weight.abs()
-        sums = float(magnitude.sum((0, 1)).max()) * float(magnitude.sum((0, 2)).max())
-        terms = taps * hidden
-        error = gamma(terms + 2) * sums * (1 + gamma(taps * (hidden + visible) + 4)) + UNDERFLOW
+        error = gamma(taps * hidden + 2) * square * (1 + 4 * UNIT) + UNDERFLOW
         return Banded(sorted(stencil.items()), self.alive, error)

@@ -19,7 +19,7 @@ m terms to a row and n to a column, and |q_j| <= 1 + 1e-6, one step
 leaves a local residual of at most ((gamma(m) + gamma(n)) 1.01 + 64 u) nu^2: gamma(m) nu^2 and gamma(n) nu^2 from the
 two products, 4u (|w| + |alpha q| + |beta q'|) <= 4u * 6 nu^2 from the differences and 3u * 3.1 nu^2 from the division;
 alpha and beta themselves may be any numbers. The masks carry a power of two that brings nu to [1, 2), so that only
-float64 weights that span more than 400 binary orders underflow, by less than UNDERFLOW. A rounded q_0 is off by at
+float64 weights that span more than 900 binary orders underflow, by less than UNDERFLOW. A rounded q_0 is off by at
 most 4u.
 
 Because a level below these residuals would prove nothing, there are as many starts as let each miss with a probability
@@ -40,7 +40,7 @@ from . import ops
 from .rounding import TINY, UNIT, exponent_of, gamma, power_of_two
 
 LEAST_MISS = 1e-5
-UNDERFLOW = 2.0**-180
+UNDERFLOW = 2.0**-80
 
 # Elements of the vectors that are worked on at a time: few enough for a cache, enough for many cores.
 CHUNK = 2**20
@@ -154,7 +154,7 @@ def _bounds_of_chunk(
     def column(t: Tensor) -> Tensor:
         return t.view(-1, *[1] * len(sizes))
 
-    exponent = exponent_of(absolute).clamp_min(-400)
+    exponent = exponent_of(absolute).clamp_min(-900)
     power = power_of_two(-exponent)
     # the state of the runs: (samples * starts, *), the starts of one sample next to each other
     rows = column(power) if row_mask is None else row_mask * column(power)
