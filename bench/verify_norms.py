@@ -185,20 +185,19 @@ CONVOLUTIONS: dict[str, Callable[[torch.Generator, list[int]], Tensor]] = {
 
 
 def _mask(g: torch.Generator, batch: int, shape: list[int]) -> Tensor | None:
-    """None, all, none, one bit, whole channels (or halves), or random bits of some density."""
-    kind = _choice(g, [*["absent", "all", "channels"] * 2, "empty", "one", *["bits"] * 12])
+    """None, all, none, one bit, whole channels, or random bits of some density; but for "none" never empty."""
+    kind = _choice(g, [*["absent", "all", "channels"] * 4, "empty", *["one"] * 3, *["bits"] * 24])
     if kind == "absent":
         return None
     if kind in ("all", "empty"):
         return torch.full((batch, *shape), kind == "all")
+    size = math.prod(shape)
+    one = F.one_hot(torch.randint(size, (batch,), generator=g), size).bool().view(-1, *shape)
     if kind == "one":
-        return (
-            F.one_hot(torch.randint(math.prod(shape), (batch,), generator=g), math.prod(shape)).bool().view(-1, *shape)
-        )
+        return one
     if kind == "channels":
-        keep = torch.rand(batch, shape[0], *[1] * (len(shape) - 1), generator=g) < 0.5
-        return keep.expand(batch, *shape).contiguous()
-    return torch.rand(batch, *shape, generator=g) < _choice(g, [0.02, 0.1, 0.3, 0.5, 0.8, 0.98])
+        return one | (torch.rand(batch, shape[0], *[1] * (len(shape) - 1), generator=g) < 0.5)
+    return one | (torch.rand(batch, *shape, generator=g) < _choice(g, [0.02, 0.1, 0.3, 0.5, 0.8, 0.98]))
 
 
 def _stored(g: torch.Generator, weight: Tensor) -> Tensor:
@@ -259,7 +258,9 @@ class Tally:
     is that of the rounding of the bound itself.
     """
 
+    limit: float = math.inf  # of the excess
     violations: list[dict[str, Any]] = field(default_factory=list)
+    loose: list[dict[str, Any]] = field(default_factory=list)
     excess: list[float] = field(default_factory=list)
     empty: int = 0
     not_zero: int = 0
@@ -275,11 +276,14 @@ class Tally:
                 self.not_zero += bound > 0
             elif norm.value >= smallest:
                 self.excess.append(float(np.longdouble(bound) / norm.value - 1))
+                if self.excess[-1] > self.limit:
+                    self.loose.append({**where, "sample": sample, "excess": self.excess[-1]})
 
     def summary(self) -> dict[str, Any]:
         ordered = sorted(self.excess) or [0.0]
         return {
             "violations": self.violations,
+            "loose": self.loose,
             "median_excess": ordered[len(ordered) // 2],
             "worst_excess": ordered[-1],
             "compared": len(self.excess),
@@ -293,7 +297,7 @@ def verify(
     operators: Iterable[tuple[int, MaskedOperators]], guarantees: list[str], device: str = "cpu"
 ) -> tuple[dict[str, Tally], float]:
     """The tally of every guarantee, and the oracle's own worst disagreement: singular value by proved lower bound."""
-    tallies = {guarantee: Tally() for guarantee in guarantees}
+    tallies = {guarantee: Tally(LIMITS.get(guarantee, (0, math.inf))[1]) for guarantee in guarantees}
     disagreement = 0.0
     for index, problem in operators:
         whole = operator_matrix(problem.weight, problem.input_size, **problem.conv)
@@ -341,6 +345,10 @@ def main() -> int:
         "oracle_disagreement": disagreement,
         "guarantees": {guarantee: tally.summary() for guarantee, tally in tallies.items()},
     }
+    for guarantee in LIMITS:
+        for found in ("violations", "loose"):
+            for entry in getattr(tallies[guarantee], found):
+                print(f"{guarantee}, {found}: {entry}")
     print(f"{done} masked operators; the proved norm within {disagreement:.1e} of the float64 singular value")
     print(f"{'guarantee':14} {'below the norm':>14} {'median excess':>14} {'worst excess':>14} {'ms each':>9}")
     failed = False
@@ -352,9 +360,8 @@ def main() -> int:
         )
         if guarantee in LIMITS:
             median, worst = LIMITS[guarantee]
-            loose = row["median_excess"] > median or row["worst_excess"] > worst
-            failed |= bool(tally.violations) or loose
-            print(f"{'':14} {'want 0':>14} {median:14.1e} {worst:14.1e}  {'TOO LOOSE' if loose else ''}".rstrip())
+            failed |= bool(tally.violations or tally.loose) or row["median_excess"] > median
+            print(f"{'at most':14} {0:14d} {median:14.1e} {worst:14.1e}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1))

@@ -175,6 +175,8 @@ def test_every_error_is_added() -> None:
     bound = cholesky._prove([piece], 0.5)
     assert bound is not None and Fraction(bound) ** 2 >= Fraction(1, 2) + Fraction(1, 8)
     assert bound == pytest.approx(math.sqrt(0.625), rel=1e-12)
+    exact = cholesky.Dense(torch.tensor([[0.25]], dtype=torch.float64), 0.0)
+    assert cholesky._prove([piece, exact], 0.5) == bound, "the worst of several pieces"
     u = 2.0**-53
     error = cholesky._factorisation_error(largest=3.0, trace=10.0, width=100)
     assert error >= 4 * 102 * u * 10 + u * 3

@@ -112,16 +112,18 @@ def test_denormal_weights() -> None:
     assert ll.masked_norm_bound(tiny.float()).upper.item() == 0
 
 
-def test_failures_are_as_rare_as_promised() -> None:
-    """At a failure probability of 0.25 bounds fail where a start nearly misses the top vector, and no more often."""
+@pytest.mark.parametrize("least_miss", [0.2, 0.5])  # one start, and two
+def test_failures_are_as_rare_as_promised(least_miss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a failure probability of 0.25 bounds fail where the starts nearly miss the top vector, and no more often."""
+    monkeypatch.setattr(lanczos, "LEAST_MISS", least_miss)
     n, trials, probability = 400, 2000, 0.25
     weight = torch.diag(torch.linspace(0, 0.5, n, dtype=torch.float64))
-    weight[7, 7] = 0.51
+    weight[7, 7] = 0.505
     torch.manual_seed(0)
     upper, _ = lanczos.probable_norms(
-        weight, None, torch.ones(trials, n, dtype=torch.bool), [trials, n], [1, 1], [0, 0], [1, 1], 1, probability, 0.02
+        weight, None, torch.ones(trials, n, dtype=torch.bool), [trials, n], [1, 1], [0, 0], [1, 1], 1, probability, 0.01
     )
-    fails = int((upper < 0.51).sum())
+    fails = int((upper < 0.505).sum())
     assert 0 < fails <= probability * trials + 4 * math.sqrt(trials * probability * (1 - probability)), fails
 
 
@@ -147,7 +149,7 @@ def test_failure_probabilities(probability: float) -> None:
 def test_samples_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(8, 4, 3, 3, generator=generator(12))
     rows, cols = masks(7, (8, 6, 6), 0.5, 1), masks(7, (4, 6, 6), 0.5, 2)
-    monkeypatch.setattr(lanczos, "CHUNK", 1)
+    monkeypatch.setitem(lanczos.CHUNK, "cpu", 1)
     check(weight, rows, cols, padding=1)
 
 

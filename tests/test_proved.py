@@ -43,6 +43,16 @@ def test_affine_holds_every_corner(terms: list[tuple[float, float, float]], bias
     assert abs(middle - Fraction(out.item())) + spread <= Fraction(width.item())
 
 
+def test_the_rounding_of_the_half_width_itself_is_covered() -> None:
+    """Sums of many positive terms, which float64 gets wrong by several of its last digits, in both directions."""
+    g = generator(4)
+    weight = torch.rand(40, 400, generator=g, dtype=torch.float64)
+    half = torch.rand(1, 400, generator=g, dtype=torch.float64)
+    _, width = proved.affine(Operator(weight, None, None), torch.zeros_like(half), half)
+    for row, found in zip(weight, width[0].tolist(), strict=True):
+        assert sum(a * b for a, b in zip(exactly(row), exactly(half), strict=True)) <= Fraction(found)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=8), st.floats(0, 1e6))
 def test_row_norms_are_not_too_small(terms: list[tuple[float, bool]], scale: float) -> None:
@@ -108,6 +118,18 @@ def test_a_threshold_below_zero_is_a_constant() -> None:
     torch.testing.assert_close(b.features, model[:-1](x).detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-300])
+@pytest.mark.parametrize("order", itertools.permutations([1e16, 1.0, -1e16]))
+def test_clean_values_that_cancel_stay_inside(order: tuple[float, ...], eps: float) -> None:
+    """The pre-activation is 1, and float64 may say 0, which a ReLU's mask would take for a constant."""
+    model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.ReLU(), nn.Linear(1, 2)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([order]))  # type: ignore[union-attr, operator, arg-type]
+    b = ll.local_bounds(model, torch.ones(1, 3, dtype=torch.float64), eps, guarantee="deterministic")
+    assert b.lower.item() <= 1 <= b.upper.item()
+    assert abs(b.features.item() - 1) <= b.feature_error.item()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_gains_are_above_the_maximum_and_close(device: str) -> None:
     g = generator(0)
@@ -127,6 +149,39 @@ def test_gains_are_above_the_maximum_and_close(device: str) -> None:
     expected[1] = 0.0  # squares of 1e-200 underflow in the twin
     assert (gain >= expected * (1 - 1e-12) - 1e-150).all() and (gain > 0).all()
     assert (gain <= expected * (1 + 1e-9) + 1e-100).all()
+
+
+def test_the_rounding_of_gains_is_covered() -> None:
+    """Where the box is far the gain is radius times ||w_j - w_y||, which rationals know: sums of many terms."""
+    g = generator(6)
+    width, classes = 300, 40
+    weight = torch.randn(classes, width, generator=g, dtype=torch.float64)
+    weight[20:] = weight[:20] * (1 + 1e-9 * torch.rand(20, 1, generator=g, dtype=torch.float64))
+    features = torch.randn(1, width, generator=g, dtype=torch.float64)
+    radius = torch.tensor([0.7], dtype=torch.float64)
+    for label in (0, 3):
+        arguments = features - 100, features + 100, radius, weight, torch.tensor([label])
+        gain = proved.gains(features, torch.zeros_like(features), *arguments)[0]
+        for j in range(classes):
+            rows = zip(exactly(weight[j]), exactly(weight[label]), strict=True)
+            squared = Fraction(radius.item()) ** 2 * sum((a - b) ** 2 for a, b in rows)
+            assert Fraction(gain[j].item()) ** 2 >= squared
+            assert Fraction(gain[j].item()) ** 2 <= squared * (1 + Fraction(1, 10**10)) + Fraction(1, 10**200)
+
+
+@pytest.mark.parametrize("radius", [0.5, 5.0, 500.0])
+def test_gains_allow_for_the_error_of_the_features(radius: float) -> None:
+    """They hold for every feature vector within the error: the room up to the box may be that much wider."""
+    g = generator(7)
+    features = torch.randn(6, 8, generator=g, dtype=torch.float64)
+    weight, labels = torch.randn(4, 8, generator=g, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+    error = 0.2 * torch.rand(6, 8, generator=g, dtype=torch.float64)
+    box = features - 0.3, features + 0.4
+    radii = torch.full((6,), radius, dtype=torch.float64)
+    gain = proved.gains(features, error, *box, radii, weight, labels)
+    for _ in range(20):
+        moved = features + error * (2 * torch.rand(6, 8, generator=g, dtype=torch.float64) - 1).sign()
+        assert (gain >= reference.margin(moved, *box, radii, weight, labels) * (1 - 1e-12) - 1e-150).all()
 
 
 def test_gains_against_points_in_rationals() -> None:
