@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from . import ops
-from .rounding import TINY, UNIT, exponent_of, gamma, power_of_two
+from .rounding import TINY, UNIT, exponent_of, gamma, power_of_two, up
 
 LEAST_MISS = 1e-5
 UNDERFLOW = 2.0**-80
@@ -91,9 +91,9 @@ def absolute_norms(
     row_sums = largest(rows, row_mask)
     col_sums = largest(_apply_transposed(size, units(row_mask, rows.shape[1:]), input_shape[1:], conv), col_mask)
     terms = weight[0].numel() + weight[:, 0].numel()
-    # sums of positive numbers, and the product and roots after them; squares of tiny numbers would underflow
-    norms: Tensor = row_sums.sqrt() * col_sums.sqrt() * (1 + gamma(terms + 8))
-    return norms.expand(input_shape[0])
+    # sums of positive numbers, their roots and the product after them, which may be denormal
+    norms: Tensor = up(row_sums.sqrt() * col_sums.sqrt() * (1 + gamma(terms + 8)))
+    return torch.where((row_sums > 0) & (col_sums > 0), norms, 0).expand(input_shape[0])
 
 
 def _enough_steps(level: float, tightness: float) -> int:

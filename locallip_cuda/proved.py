@@ -31,7 +31,7 @@ from .rounding import TINY, UNIT, down, gamma, up
 SMOOTH_ERROR = 16
 
 # relative width of the probabilistic norms, which multiply up over the layers
-TIGHTNESS = 2e-3
+TIGHTNESS = 1.5e-3
 
 # elements (sample, class, feature) of the margin at a time
 CHUNK = 2**22

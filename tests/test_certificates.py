@@ -104,8 +104,8 @@ def test_bounds_of_every_kind_of_matrix(kind: str, guarantee: str, device: str) 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bounds_of_random_operators(device: str) -> None:
     """A small run of `python -m bench.verify_norms`; the estimate is below the norm, if by its rounding only."""
-    problems = [dense_operators(generator(k), largest=96) for k in range(90)]
-    problems += [convolution_operators(generator(k), channels=6, pixels=7) for k in range(60)]
+    problems = [dense_operators(generator(k), largest=96) for k in range(70)]
+    problems += [convolution_operators(generator(k), channels=6, pixels=7) for k in range(50)]
     tallies, disagreement = verify(enumerate(problems), ["estimate", *PROOFS], device)
     assert disagreement < 1e-13
     for guarantee in PROOFS:
@@ -176,9 +176,22 @@ def test_norms_that_are_denormal_numbers(guarantee: str) -> None:
         assert np.longdouble(upper) >= norm, seed
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, 1 - 1e-5, 2.0, math.nan])
+@cache
+def misleading_problems() -> list[tuple[MaskedOperators, list[np.longdouble]]]:
+    """Operators with proved lower bounds of their norms; the largest are factorised in several steps."""
+    problems = [dense_operators(generator(k), largest=60) for k in range(15)]
+    problems += [convolution_operators(generator(k), channels=4, pixels=6) for k in range(15)]
+    for groups in (1, 2):
+        weight = normal(groups, 12, 12 // groups, 3, 3)
+        weight[:6] *= 0.9  # the second group has the norm
+        masks = bits(1, 1, 12, 8, 9, density=0.8), bits(2, 1, 12, 8, 9, density=0.8)
+        problems.append(MaskedOperators("windows", weight, *masks, (12, 8, 9), {"padding": 1, "groups": groups}))
+    return [(problem, proved_norms(problem)) for problem in problems]
+
+
+@pytest.mark.parametrize("factor", [0.5, 1 - 1e-5, 2.0, math.nan])
 def test_a_wrong_estimate_is_not_believed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the deterministic proof starts from is no part of it. Some of these are factorised in several steps."""
+    """What the deterministic proof starts from is no part of it."""
     found = norms.probable_norms
 
     def misled(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -187,15 +200,9 @@ def test_a_wrong_estimate_is_not_believed(factor: float, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(norms, "probable_norms", misled)
     monkeypatch.setattr(norms, "_global_norms", {})
-    problems = [dense_operators(generator(k), largest=60) for k in range(30)]
-    problems += [convolution_operators(generator(k), channels=4, pixels=6) for k in range(30)]
-    for groups in (1, 2):
-        weight = normal(groups, 12, 12 // groups, 3, 3)
-        weight[:6] *= 0.9  # the second group has the norm
-        masks = bits(1, 1, 12, 10, 10, density=0.8), bits(2, 1, 12, 10, 10, density=0.8)
-        problems.append(MaskedOperators("windows", weight, *masks, (12, 10, 10), {"padding": 1, "groups": groups}))
-    for problem in problems:
-        assert_bounds(problem, "deterministic", worst=math.inf)
+    for problem, expected in misleading_problems():
+        upper = problem.bound("deterministic").upper.double().tolist()
+        assert all(np.longdouble(u) >= norm for u, norm in zip(upper, expected, strict=True)), problem.kind
 
 
 def power_iteration(matrix: Tensor, start: Tensor, steps: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -110,6 +111,10 @@ def test_denormal_weights() -> None:
     rows = torch.tensor([[False, True]])
     assert ll.masked_norm_bound(mixed, rows).upper.item() >= 5e-324
     assert ll.masked_norm_bound(tiny.float()).upper.item() == 0
+    rounded = torch.tensor([[32.0, 0, 0], [0, 0.15625 * 2.0**-1023, 0.15625 * 2.0**-1023]], dtype=torch.float64)
+    for guarantee in ("probabilistic", "deterministic"):
+        upper = ll.masked_norm_bound(rounded, torch.tensor([[False, True]]), guarantee=guarantee).upper.item()
+        assert Fraction(upper) ** 2 >= 2 * Fraction(rounded[1, 1].item()) ** 2
 
 
 @pytest.mark.parametrize("least_miss", [0.2, 0.5])  # one start, and two

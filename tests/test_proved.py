@@ -119,7 +119,7 @@ def test_a_threshold_below_zero_is_a_constant() -> None:
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-300])
-@pytest.mark.parametrize("order", itertools.permutations([1e16, 1.0, -1e16]))
+@pytest.mark.parametrize("order", list(itertools.permutations([1e16, 1.0, -1e16])))
 def test_clean_values_that_cancel_stay_inside(order: tuple[float, ...], eps: float) -> None:
     """The pre-activation is 1, and float64 may say 0, which a ReLU's mask would take for a constant."""
     model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.ReLU(), nn.Linear(1, 2)).double()
