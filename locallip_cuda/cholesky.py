@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from .lanczos import absolute_norms
-from .rounding import UNIT, exponent_of, gamma, power_of_two
+from .rounding import UNIT, exponent_of, gamma, power_of_two, rescaled
 
 # relative raises of the estimate, tried in turn; the first one fits a converged estimate
 RAISES = (2e-7, 2e-6, 2e-5, 2e-4, 2e-3, 2e-2, 2e-1)
@@ -84,7 +84,8 @@ def proved_norms(
         size = float(trivial[b]) * scale
         pieces = list(_pieces(weight * scale, rows, cols, size, input_shape[1:], conv))
         limit = None if cap is None else (lambda scale=scale: cap() * scale)
-        upper[b] = _search(pieces, float(estimate[b]) * scale, size, limit) / scale
+        found = _search(pieces, float(estimate[b]) * scale, size, limit)
+        upper[b] = rescaled(torch.tensor(found, dtype=torch.float64), 1 / scale)
     return upper
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from . import ops
-from .rounding import TINY, UNIT, exponent_of, gamma, power_of_two, up
+from .rounding import TINY, UNIT, exponent_of, gamma, power_of_two, rescaled, up
 
 LEAST_MISS = 1e-5
 UNDERFLOW = 2.0**-80
@@ -203,6 +203,6 @@ def _bounds_of_chunk(
             q, before, last, rows, cols = q[kept], before[kept], last[kept], rows[kept], cols[kept]
             alpha, beta = [a[kept] for a in alpha], [b[kept] for b in beta]
     return (
-        (upper.sqrt() * (1 + 4 * UNIT)).to(absolute.device) / power,
-        estimate.sqrt().to(absolute.device) / power,
+        rescaled((upper.sqrt() * (1 + 4 * UNIT)).to(absolute.device), power_of_two(exponent)),
+        estimate.sqrt().to(absolute.device) * power_of_two(exponent),
     )

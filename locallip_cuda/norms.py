@@ -13,7 +13,7 @@ from torch import Tensor
 from . import ops
 from .cholesky import proved_norms
 from .lanczos import absolute_norms, probable_norms
-from .rounding import TINY, exponent_of, power_of_two, rounded_up, textbook_products, up
+from .rounding import TINY, exponent_of, power_of_two, rescaled, rounded_up, textbook_products, up
 
 
 class NormBound(NamedTuple):
@@ -337,8 +337,7 @@ def norm_bound(
             size = math.sqrt(weight[0].numel() * weight[:, 0].numel() * geometry[3])
             touched = absolute_norms((weight != 0).double(), *arguments) > 0
             upper = torch.where(touched, up(upper + size * 2 * TINY), upper)
-    result = upper * power.item()
-    return torch.where(result / power.item() < upper, up(result), result), estimate * power.item()  # denormals round
+    return rescaled(upper, power.item()), estimate * power.item()
 
 
 def _estimates(

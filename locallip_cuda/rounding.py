@@ -54,6 +54,12 @@ def exponent_of(t: Tensor) -> Tensor:
     return (torch.frexp(t)[1].to(torch.int64) - 1).clamp(-1000, 1000)
 
 
+def rescaled(t: Tensor, power: Tensor | float) -> Tensor:
+    """At least ``t`` times a power of two; equal to it but where that is a denormal number."""
+    result = t * power
+    return torch.where(result / power < t, up(result), result)
+
+
 @contextmanager
 def textbook_products(device_type: str) -> Iterator[None]:
     """Products are taken as the error bounds have them: in the dtype of the tensors, by sums of products.

@@ -111,10 +111,22 @@ def test_denormal_weights() -> None:
     rows = torch.tensor([[False, True]])
     assert ll.masked_norm_bound(mixed, rows).upper.item() >= 5e-324
     assert ll.masked_norm_bound(tiny.float()).upper.item() == 0
-    rounded = torch.tensor([[32.0, 0, 0], [0, 0.15625 * 2.0**-1023, 0.15625 * 2.0**-1023]], dtype=torch.float64)
-    for guarantee in ("probabilistic", "deterministic"):
-        upper = ll.masked_norm_bound(rounded, torch.tensor([[False, True]]), guarantee=guarantee).upper.item()
-        assert Fraction(upper) ** 2 >= 2 * Fraction(rounded[1, 1].item()) ** 2
+
+
+@pytest.mark.parametrize("guarantee", ["probabilistic", "deterministic"])
+@pytest.mark.parametrize("seed", range(6))
+def test_survivors_that_are_denormal_beside_a_large_weight(guarantee: str, seed: int) -> None:
+    """Bounds that are denormal numbers are rounded up at their last digit, which is a long way."""
+    g = generator(seed)
+    weight = torch.zeros(4, 8, dtype=torch.float64)
+    weight[0, 0] = 32.0
+    weight[1:] = torch.randint(1, 2**20, (3, 8), generator=g).double() * 2.0**-1074 * 2.0 ** (seed * 4)
+    rows = torch.tensor([[False, True, False, False], [False, True, True, True]])
+    upper = ll.masked_norm_bound(weight, rows, guarantee=guarantee).upper.tolist()
+    alone = [Fraction(v) for v in weight[1].tolist()]
+    assert Fraction(upper[0]) ** 2 >= sum(v * v for v in alone)
+    flat = torch.linalg.svdvals(weight[1:] * 2.0**1000)[0].item()
+    assert Fraction(upper[1]) >= Fraction(flat) * Fraction(1, 2**1000) * (1 - Fraction(1, 10**14))
 
 
 @pytest.mark.parametrize("least_miss", [0.2, 0.5])  # one start, and two
