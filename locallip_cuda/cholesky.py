@@ -155,60 +155,65 @@ class Banded:
 
     def error(self, shift: float) -> float | None:
         """E_chol + E_shift + E_gram where shift I - G is factorised to the end, else None."""
-        count = self.alive.sum(1)
-        before = [0, *count.cumsum(0).tolist()]  # survivors in front of a pixel
-        pixels, reach = len(count), max(offset for offset, _ in self.stencil)
-        most = max(reach // 4, BLOCK // self.alive.shape[1], 1)  # pixels at a time, where few survive
-        window = torch.empty(0, 0, dtype=torch.float64)
-        first = end = width = 0
+        blocks = list(self._blocks())
+        units = self.alive.sum(1)
+        widest = max(int(units[first:end].sum()) for first, _, end in blocks)
+        window = torch.empty(widest, widest, dtype=torch.float64)  # of which the lower triangle is used
+        held = known = 0  # units in the window; pixels that have entered it
         largest = 0.0
+        for first, last, end in blocks:
+            rows = self._rows(shift, first, known, end)
+            diagonal = rows.diagonal(held)
+            largest = max(largest, float(diagonal.max())) if len(rows) else largest
+            window[held : held + len(rows), : held + len(rows)] = rows
+            held, known = held + len(rows), end
+            size = int(units[first:last].sum())
+            if size and not _eliminated(window[:held, :held], size):
+                return None
+            held -= size
+        return _factorisation_error(largest, math.inf, widest) + self.gram_error
+
+    def _blocks(self) -> Iterator[tuple[int, int, int]]:
+        """(first, last, end): pixels [first, last) are eliminated together, and none of them reaches past end."""
+        pixels, channels = self.alive.shape
+        before = [0, *self.alive.sum(1).cumsum(0).tolist()]  # survivors in front of a pixel
+        reach = max(offset for offset, _ in self.stencil)
+        most = max(reach // 4, BLOCK // channels, 1)  # pixels at a time, where few survive
+        first = 0
         while first < pixels:
             last = first + 1
             while last < min(pixels, first + most) and before[last + 1] - before[first] <= BLOCK:
                 last += 1
-            needed = min(last + reach, pixels)
-            if needed > end:
-                window, top = self._extended(window, shift, first, end, needed)
-                largest, end = max(largest, top), needed
-            size = before[last] - before[first]
-            width = max(width, len(window))
-            if size:
-                factor, info = torch.linalg.cholesky_ex(window[:size, :size])
-                if not _positive(factor, info):
-                    return None
-                window = _eliminated(window, factor, size)
+            yield first, last, min(last + reach, pixels)
             first = last
-        return _factorisation_error(largest, math.inf, width) + self.gram_error
 
-    def _extended(self, window: Tensor, shift: float, first: int, end: int, needed: int) -> tuple[Tensor, float]:
-        """The window of the pixels [first, end) grown to [first, needed), and its new diagonal's largest entry.
-
-        Only the lower triangle is filled in.
-        """
-        channels, own = self.alive.shape[1], torch.arange(end, needed)
-        block = torch.zeros(needed - end, channels, needed - first, channels, dtype=torch.float64)
+    def _rows(self, shift: float, first: int, known: int, end: int) -> Tensor:
+        """The rows of shift I - G of pixels [known, end), in the columns of pixels [first, end), up to the diagonal."""
+        channels, own = self.alive.shape[1], torch.arange(known, end)
+        rows = torch.zeros(end - known, channels, end - first, channels, dtype=torch.float64)
         for offset, values in self.stencil:
             there = own[own - offset >= first]
-            block[there - end, :, there - offset - first, :] -= values[there - offset].transpose(1, 2)
-        block = block.flatten(2).flatten(0, 1)
-        alive = self.alive[first:needed].flatten()
-        block = block[self.alive[end:needed].flatten()][:, alive]
-        old, new = len(window), len(block)
-        grown = torch.empty(old + new, old + new, dtype=torch.float64)
-        grown[:old, :old] = window
-        grown[old:] = block
-        diagonal = grown.diagonal()[old:]
+            rows[there - known, :, there - offset - first, :] -= values[there - offset].transpose(1, 2)
+        rows = rows.flatten(2).flatten(0, 1)
+        if not bool(self.alive[first:end].all()):
+            rows = rows[self.alive[known:end].flatten()][:, self.alive[first:end].flatten()]
+        diagonal = rows.diagonal(rows.shape[1] - rows.shape[0])
         diagonal += shift
-        return grown, float(diagonal.max()) if new else 0.0
+        return rows
 
 
-def _eliminated(window: Tensor, factor: Tensor, size: int) -> Tensor:
-    """The lower triangle of the Schur complement of the first ``size`` units, whose Cholesky factor is ``factor``."""
+def _eliminated(window: Tensor, size: int) -> bool:
+    """The first ``size`` units are eliminated and what is left moves to the front; False where that breaks down."""
+    factor, info = torch.linalg.cholesky_ex(window[:size, :size])
+    if not _positive(factor, info):
+        return False
     left = torch.linalg.solve_triangular(factor, window[size:, :size].T, upper=False)
     rest = window[size:, size:]
     for at in range(0, len(rest), PANEL):
         rest[at:, at : at + PANEL].addmm_(left[:, at:].T, left[:, at : at + PANEL], alpha=-1)
-    return rest
+    for at in range(0, len(rest), size):  # as many rows at a time as do not overlap where they go
+        window[at : at + size, : at + size][: len(rest) - at, : len(rest)] = rest[at : at + size, : at + size]
+    return True
 
 
 def _pieces(

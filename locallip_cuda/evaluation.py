@@ -54,10 +54,11 @@ class Measurement:
     Attributes:
         clean, attacked: accuracy without attack, and under projected gradient descent within the radius.
         certified: what each guarantee gave, with the local Lipschitz bound; "estimate" is always there.
-        certified_global: certified accuracy with the global Lipschitz bound, an estimate.
-        lipschitz_local: mean over the samples of the local Lipschitz constant of all layers but the last, an estimate.
-        lipschitz_global: the global one, an estimate.
-        curve: rows (radius, certified accuracy with the local bound, with the global bound), estimates.
+        certified_global_estimate: certified accuracy with the global Lipschitz bound.
+        lipschitz_local_estimate: mean over the samples of the local Lipschitz constant of all layers but the
+            last.
+        lipschitz_global_estimate: the global one.
+        curve_estimate: rows (radius, certified accuracy with the local bound, with the global bound).
         seconds: time each stage took.
         seed: of the random vectors of attack and proofs.
         per_sample: index, label, prediction, whether the attack failed, largest radius of the curve certified by the
@@ -69,10 +70,10 @@ class Measurement:
     clean: float
     attacked: float
     certified: dict[str, Certified]
-    certified_global: float
-    lipschitz_local: float
-    lipschitz_global: float
-    curve: list[tuple[float, float, float]]
+    certified_global_estimate: float
+    lipschitz_local_estimate: float
+    lipschitz_global_estimate: float
+    curve_estimate: list[tuple[float, float, float]]
     seconds: dict[str, float]
     seed: int
     per_sample: list[dict[str, Any]]
@@ -142,7 +143,7 @@ class _Examiner:
                 "prediction": int(logits[i].argmax()),
                 "logits": logits[i].tolist(),
                 "attack_failed": bool(standing[i]),
-                "curve": float(reach[i]),
+                "curve_estimate": float(reach[i]),
                 "guarantees": {"estimate": _verdict(bool(certified[i]), margin[i], lipschitz[i])},
             }
             for i in range(len(y))
@@ -288,7 +289,7 @@ def _summary(
     labels = torch.tensor([r["label"] for r in results])
     radii = global_radius(logits, labels, last_weight.detach().cpu(), lipschitz_global)
     correct = torch.tensor([r["prediction"] == r["label"] for r in results])
-    reach = torch.tensor([r["curve"] for r in results])
+    reach = torch.tensor([r["curve_estimate"] for r in results])
 
     def share(mask: Tensor) -> float:
         return mask.sum().item() / count
@@ -310,10 +311,10 @@ def _summary(
         clean=share(correct),
         attacked=sum(r["attack_failed"] for r in results) / count,
         certified={guarantee: certified(guarantee) for guarantee in ("estimate", *proofs)},
-        certified_global=share(correct & (radii > eps)),
-        lipschitz_local=sum(r["guarantees"]["estimate"]["lipschitz"] for r in results) / count,
-        lipschitz_global=lipschitz_global,
-        curve=[(f * eps, share(correct & (reach >= f)), share(correct & (radii > f * eps))) for f in CURVE],
+        certified_global_estimate=share(correct & (radii > eps)),
+        lipschitz_local_estimate=sum(r["guarantees"]["estimate"]["lipschitz"] for r in results) / count,
+        lipschitz_global_estimate=lipschitz_global,
+        curve_estimate=[(f * eps, share(correct & (reach >= f)), share(correct & (radii > f * eps))) for f in CURVE],
         seconds=dict(journal.seconds),
         seed=journal.seed,
         per_sample=results,

@@ -52,9 +52,15 @@ def table(measurement: Measurement, title: str) -> str:
         rows.append((f"certified ({name}), local bound", f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
     broken = sum(c.broken for c in m.certified.values())
     rows += [
-        ("certified (estimate), global bound", f"{m.certified_global:.2%}", "", f"{seconds['global bound']:.1f} s", ""),
-        ("mean local Lipschitz constant (estimate)", f"{m.lipschitz_local:.4g}", "", "", ""),
-        ("global Lipschitz constant (estimate)", f"{m.lipschitz_global:.4g}", "", "", ""),
+        (
+            "certified (estimate), global bound",
+            f"{m.certified_global_estimate:.2%}",
+            "",
+            f"{seconds['global bound']:.1f} s",
+            "",
+        ),
+        ("mean local Lipschitz constant (estimate)", f"{m.lipschitz_local_estimate:.4g}", "", "", ""),
+        ("global Lipschitz constant (estimate)", f"{m.lipschitz_global_estimate:.4g}", "", "", ""),
         ("certified samples the attack broke", f"{broken}", "", "", ""),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -123,7 +129,7 @@ def plot(path: Path, measurement: Measurement, title: str) -> bool:
     except ImportError:
         return False
     m = measurement
-    radii, local, everywhere = ([row[i] for row in m.curve] for i in range(3))
+    radii, local, everywhere = ([row[i] for row in m.curve_estimate] for i in range(3))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(radii, [100 * v for v in local], marker="o", label="local bound (estimate)")

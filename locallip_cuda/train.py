@@ -40,7 +40,17 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # is too low and would certify too much.
 EVALUATION_ITERATIONS = 20
 
-_STATISTICS = ("samples", "loss", "clean", "correct", "bounded", "robust", "sparsity", "certified", "lipschitz")
+_STATISTICS = (
+    "samples",
+    "loss",
+    "clean",
+    "correct",
+    "bounded",
+    "robust",
+    "sparsity",
+    "certified_estimate",
+    "lipschitz_estimate",
+)
 
 
 class Interrupted(Exception):
@@ -141,11 +151,11 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares of a set that are classified rightly and certified, and the mean local Lipschitz constant."""
+    """Shares of a set that are classified rightly and, by an estimate, certified; mean local Lipschitz estimate."""
 
     accuracy: float
-    certified: float
-    lipschitz: float
+    certified_estimate: float
+    lipschitz_estimate: float
 
 
 @torch.no_grad()
@@ -438,8 +448,8 @@ class Trainer:
         if evaluation is not None:
             record.update({f"test_{name}": value for name, value in vars(evaluation).items()})
             text += (
-                f"; test: accuracy {evaluation.accuracy:.2%}, certified (estimate) {evaluation.certified:.2%} "
-                f"at eps {recipe.eps:.3g}, Lipschitz {evaluation.lipschitz:.3g}"
+                f"; test: accuracy {evaluation.accuracy:.2%}, certified (estimate) {evaluation.certified_estimate:.2%} "
+                f"at eps {recipe.eps:.3g}, Lipschitz {evaluation.lipschitz_estimate:.3g}"
             )
         text += f"; lr {schedule['learning_rate']:.2g}, kappa {schedule['kappa']:.2f}, {speed:.0f} samples/s"
         self.history.append(record)
@@ -495,7 +505,10 @@ def _means(totals: Sequence[float]) -> dict[str, float]:
     """Means over the samples; those of the bound over the samples that had one (none in the warm-up)."""
     sums = dict(zip(_STATISTICS, totals, strict=True))
     means = {name: sums[name] / max(sums["samples"], 1) for name in ("loss", "clean", "correct")}
-    bounded = {name: sums[name] / max(sums["bounded"], 1) for name in ("robust", "sparsity", "certified", "lipschitz")}
+    bounded = {
+        name: sums[name] / max(sums["bounded"], 1)
+        for name in ("robust", "sparsity", "certified_estimate", "lipschitz_estimate")
+    }
     return {**means, **bounded}
 
 
@@ -506,4 +519,4 @@ def _line(means: dict[str, float]) -> str:
     if means["sparsity"]:
         text += f", sparsity {means['sparsity']:.4f}"
     text += f"), accuracy {means['correct']:.2%}"
-    return f"{text}, certified {means['certified']:.2%}" if means["robust"] else text
+    return f"{text}, certified (estimate) {means['certified_estimate']:.2%}" if means["robust"] else text

@@ -41,8 +41,8 @@ def test_figures_are_those_of_direct_computations(trained: Trained, measured: ev
         bounds = local_bounds(model, x, EPS, iterations=30)
         assert measured.clean == pytest.approx((model(x).argmax(1) == y).float().mean().item())
         assert measured.certified["estimate"].accuracy == pytest.approx((bounds.margin(y) > 0).float().mean().item())
-        assert measured.lipschitz_local == pytest.approx(bounds.lipschitz.mean().item(), rel=1e-4)
-        assert measured.lipschitz_global == pytest.approx(bounds.global_lipschitz.item(), rel=1e-4)
+        assert measured.lipschitz_local_estimate == pytest.approx(bounds.lipschitz.mean().item(), rel=1e-4)
+        assert measured.lipschitz_global_estimate == pytest.approx(bounds.global_lipschitz.item(), rel=1e-4)
     broken = attack.pgd(model, x, y, EPS, steps=20)
     assert measured.attacked == pytest.approx((model(broken).argmax(1) == y).float().mean().item(), abs=0.03)
     assert measured.samples == 200 and not any(c.broken for c in measured.certified.values())
@@ -95,7 +95,7 @@ def test_a_stopped_measurement_goes_on(trained: Trained, tmp_path: Path, monkeyp
     stop_at(100)
     again = measure(trained, tmp_path, **settings)
     assert examined == [0, 16, 32, 48]
-    assert again.per_sample == whole.per_sample and again.curve == whole.curve
+    assert again.per_sample == whole.per_sample and again.curve_estimate == whole.curve_estimate
     assert again.seconds["estimate"] > 0
 
 
@@ -118,17 +118,17 @@ def test_a_journal_answers_its_own_question_only(tmp_path: Path) -> None:
 
 def test_figures_come_in_the_order_they_must(measured: evaluation.Measurement) -> None:
     certified = measured.certified["estimate"].accuracy
-    assert 0 < measured.certified_global <= certified <= measured.attacked <= measured.clean
-    assert measured.lipschitz_local < measured.lipschitz_global
+    assert 0 < measured.certified_global_estimate <= certified <= measured.attacked <= measured.clean
+    assert measured.lipschitz_local_estimate < measured.lipschitz_global_estimate
 
 
 def test_curve(trained: Trained, measured: evaluation.Measurement) -> None:
-    radii, local, everywhere = zip(*measured.curve, strict=True)
+    radii, local, everywhere = zip(*measured.curve_estimate, strict=True)
     assert radii == tuple(f * EPS for f in evaluation.CURVE)
     assert list(local) == sorted(local, reverse=True) and list(everywhere) == sorted(everywhere, reverse=True)
     assert all(a >= b for a, b in zip(local, everywhere, strict=True))
     assert local[0] == everywhere[0] == measured.clean
-    assert (local[4], everywhere[4]) == (measured.certified["estimate"].accuracy, measured.certified_global)
+    assert (local[4], everywhere[4]) == (measured.certified["estimate"].accuracy, measured.certified_global_estimate)
     model, dataset = trained
     x, y = dataset.batch(torch.arange(200), torch.device("cpu"))
     for radius, share in ((radii[2], local[2]), (radii[6], local[6])):  # one below the radius, one above
@@ -170,7 +170,7 @@ def test_a_certificate_that_the_attack_breaks_is_counted(
 def test_limit_and_batches_change_nothing_else(trained: Trained, tmp_path: Path) -> None:
     some = measure(trained, tmp_path, iterations=30, batch_size=7, limit=30, attack_steps=5)
     direct = measure((trained[0], trained[1][:30]), tmp_path, iterations=30, batch_size=30, attack_steps=5)
-    assert some.samples == 30 and some.curve == direct.curve
+    assert some.samples == 30 and some.curve_estimate == direct.curve_estimate
 
 
 def test_bad_numbers_are_named(trained: Trained, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_table_says_what_is_a_proof_and_what_is_none(measured: evaluation.Measur
         ("certified (estimate), local bound", measured.certified["estimate"].accuracy),
         ("certified (probabilistic), local bound", measured.certified["probabilistic"].accuracy),
         ("certified (deterministic), local bound", measured.certified["deterministic"].accuracy),
-        ("certified (estimate), global bound", measured.certified_global),
+        ("certified (estimate), global bound", measured.certified_global_estimate),
     ):
         (line,) = [line for line in lines if line.startswith(start)]
         assert f"{value:.2%}" in line and line.endswith(" s")
