@@ -46,8 +46,8 @@ RAISES = (2e-7, 2e-6, 2e-5, 2e-4, 2e-3, 2e-2, 2e-1)
 UNDERFLOW = 2.0**-900
 
 # rows eliminated at a time, and columns of the window updated at a time: tuned on two cores
-BLOCK = 512
-PANEL = 1024
+BLOCK = 256
+PANEL = 256
 
 
 def proved_norms(
@@ -212,7 +212,8 @@ def _eliminated(window: Tensor, size: int) -> bool:
     for at in range(0, len(rest), PANEL):
         rest[at:, at : at + PANEL].addmm_(left[:, at:].T, left[:, at : at + PANEL], alpha=-1)
     for at in range(0, len(rest), size):  # as many rows at a time as do not overlap where they go
-        window[at : at + size, : at + size][: len(rest) - at, : len(rest)] = rest[at : at + size, : at + size]
+        moved = rest[at : at + size, : at + size]
+        window[at : at + len(moved), : moved.shape[1]] = moved
     return True
 
 
