@@ -11,6 +11,10 @@ from torch import Tensor, nn
 import locallip_cuda as ll
 from locallip_cuda.nn import project_thresholds_
 
+# Most tests are thousands of tiny calls: on a machine that is busy, or gives a process less than it shows, threads that
+# wait for one another make them ten times slower. test_threads.py is about more than one.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[Tensor, Tensor]:
