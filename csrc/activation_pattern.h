@@ -32,12 +32,13 @@ struct ActivationInput {
   int64_t batch, outer, inner;
 };
 
-// All [batch][units] but slack, [batch][chunks][2]: sums over a chunk's units of the two sparsity terms.
+// All [batch][units] but sums, [batch][chunks][4]: over a chunk's units, the two sparsity terms, and how many are True
+// in the row mask and in the column mask.
 template <typename scalar_t>
 struct ActivationOutput {
   scalar_t *clean, *centre, *half_width;
   uint8_t *row_mask, *col_mask;
-  scalar_t* slack;
+  scalar_t* sums;
 };
 
 // Gradients of the outputs; grad_slack is [batch][2], the same for every unit of a sample.
@@ -46,21 +47,27 @@ struct ActivationOutputGrad {
   const scalar_t *clean, *centre, *half_width, *slack;
 };
 
-// Gradients of the inputs, shaped as they are (null where the input is); radius is [chunks][batch].
+// Gradients of the inputs, shaped as they are (null where the input is), but that radius is [chunks][batch], and what
+// the samples share (first, second, squared_row_norms with row_norms_shared) is [slices] of it, sums over a slice's
+// samples.
 template <typename scalar_t>
 struct ActivationInputGrad {
   scalar_t *clean, *centre, *half_width, *squared_row_norms, *radius, *first, *second;
 };
 
-#define LOCALLIP_DECLARE_ACTIVATION_PATTERN(STREAM)                                                           \
-  /* how many partial sums a pass over units [outer][inner] leaves in slack (forward) or radius (backward) */ \
-  int64_t activation_pattern_chunks(int64_t outer, int64_t inner, bool backward);                             \
-  template <typename scalar_t>                                                                                \
-  void activation_pattern(Activation activation, const ActivationInput<scalar_t>& in,                         \
-                          const ActivationOutput<scalar_t>& out STREAM);                                      \
-  template <typename scalar_t>                                                                                \
-  void activation_pattern_backward(Activation activation, const ActivationInput<scalar_t>& in,                \
-                                   const ActivationOutputGrad<scalar_t>& grad_out,                            \
+#define LOCALLIP_DECLARE_ACTIVATION_PATTERN(STREAM)                                                          \
+  /* how many partial sums a pass over units [outer][inner] leaves in sums (forward) or radius (backward) */ \
+  template <typename scalar_t>                                                                               \
+  int64_t activation_pattern_chunks(int64_t outer, int64_t inner, bool backward);                            \
+  /* into how many slices the backward pass cuts the batch */                                                \
+  template <typename scalar_t>                                                                               \
+  int64_t activation_pattern_slices(int64_t batch, int64_t outer, int64_t inner);                            \
+  template <typename scalar_t>                                                                               \
+  void activation_pattern(Activation activation, const ActivationInput<scalar_t>& in,                        \
+                          const ActivationOutput<scalar_t>& out STREAM);                                     \
+  template <typename scalar_t>                                                                               \
+  void activation_pattern_backward(Activation activation, const ActivationInput<scalar_t>& in,               \
+                                   const ActivationOutputGrad<scalar_t>& grad_out,                           \
                                    const ActivationInputGrad<scalar_t>& grad_in STREAM);
 
 namespace cpu {

@@ -26,8 +26,8 @@ struct MarginInput {
   int64_t batch, classes, width;
 };
 
-// grad_gain [batch][classes] and step, the t that `margin` stored; gradients shaped as the inputs. `moved` is scratch
-// [batch][width].
+// grad_gain [batch][classes] and step, the t that `margin` stored; gradients shaped as the inputs, but that the
+// weight's is [slices] of it, sums over a slice of the batch. `moved` is scratch [batch][width].
 template <typename scalar_t>
 struct MarginGrad {
   const scalar_t *grad_gain, *step;
@@ -41,6 +41,8 @@ constexpr double kUnboundedRadius = 1e15;
 constexpr int kMarginSteps = 64;
 
 #define LOCALLIP_DECLARE_MARGIN(STREAM)                                                                 \
+  /* into how many slices the backward pass cuts the batch */                                           \
+  int64_t margin_slices(int64_t batch, int64_t classes, int64_t width);                                 \
   /* gain and step [batch][classes]; step is t, infinite where the box alone bounds, 0 where r is 0. */ \
   template <typename scalar_t>                                                                          \
   void margin(const MarginInput<scalar_t>& in, scalar_t* gain, scalar_t* step STREAM);                  \

@@ -1,4 +1,5 @@
-// The passes of the masked-norm solver between two applications of the operator, for a batch of samples.
+// The passes of the masked-norm solver between two applications of the operator, for a batch of samples; on a GPU also
+// kernels that keep a sample on chip and run the whole iteration.
 //
 // The solver is Golub-Kahan-Lanczos with full orthogonalisation: orthonormal right vectors q_0.. and left vectors p_0..
 // of one sample with A q_j = sum_{i <= j} projected[i][j] p_i, so the singular values of the small upper triangular
@@ -70,9 +71,54 @@ namespace cpu {
 LOCALLIP_DECLARE_MASKED_NORM()
 }
 
-#define LOCALLIP_COMMA_STREAM , void* stream
+// ---- on a GPU ----------------------------------------------------------------------------------------------------------
+
+// A convolution without groups or dilation; maps are channels-last.
+struct ConvolutionGeometry {
+  int in_channels, in_height, in_width, out_channels, out_height, out_width;
+  int kernel_height, kernel_width, stride_height, stride_width, pad_height, pad_width;
+};
+
+// The masked norms of a batch, one sample after another in every array; masks and start may be null.
+// right_slots, left_slots [iterations][sample][units], packed and exponent are scratch.
+struct ConvolutionProblem {
+  ConvolutionGeometry geometry;
+  int64_t batch;
+  int iterations;
+  const uint8_t *row_mask, *col_mask;
+  const float* start;
+  bool start_per_sample;
+  float *packed, *right_slots, *left_slots, *sigma, *right, *left;
+  int* exponent;
+};
+
+// The same for a weight [rows][columns]; right_slots, left_slots [iterations + 1][sample][columns or rows].
+template <typename scalar_t>
+struct DenseProblem {
+  const scalar_t* weight;
+  int rows, columns;
+  int64_t batch;
+  int iterations;
+  const uint8_t *row_mask, *col_mask;
+  const scalar_t* start;
+  bool start_per_sample;
+  scalar_t *right_slots, *left_slots, *sigma, *right, *left;
+};
+
 namespace cuda {
+#define LOCALLIP_COMMA_STREAM , void* stream
 LOCALLIP_DECLARE_MASKED_NORM(LOCALLIP_COMMA_STREAM)
-}
+
+// Whether one kernel can run all iterations on chip (at most kWindow - 1), and that kernel.
+bool convolution_fits(const ConvolutionGeometry& geometry, int64_t batch);
+int64_t packed_weight_floats(const ConvolutionGeometry& geometry);
+// weight [out][kernel_height][kernel_width][in]; products in float32, or in TF32
+void masked_norm_convolution(const ConvolutionProblem& problem, const float* weight, bool float32, void* stream);
+
+template <typename scalar_t>
+bool dense_fits(int64_t rows, int64_t columns);
+template <typename scalar_t>
+void masked_norm_dense(const DenseProblem<scalar_t>& problem, void* stream);
+}  // namespace cuda
 
 }  // namespace locallip

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <string>
@@ -18,7 +19,11 @@
 #include "margin.h"
 #include "masked_norm.h"
 
-#ifdef LOCALLIP_CUDA
+#if defined(LOCALLIP_EMULATED_CUDA)  // the tests' build: the CUDA kernels, compiled for the host, in place of the CPU's
+#define LOCALLIP_GUARD(tensor)
+#define LOCALLIP_RUN(tensor, function, ...) cuda::function(__VA_ARGS__, nullptr)
+#define LOCALLIP_HOST_RUN(tensor, function, ...) cuda::function(__VA_ARGS__)
+#elif defined(LOCALLIP_CUDA)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #define LOCALLIP_GUARD(tensor) const c10::cuda::OptionalCUDAGuard device_guard(at::device_of(tensor))
@@ -41,8 +46,11 @@ using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Dense, channels last, and at an address that accesses of 16 bytes take: a view may begin anywhere.
 Tensor laid_out(const Tensor& t) {
-  return t.contiguous(t.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  const auto format = t.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const Tensor dense = t.contiguous(format);
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone(format);
 }
 
 OptionalTensor laid_out(const OptionalTensor& t) { return t ? OptionalTensor(laid_out(*t)) : std::nullopt; }
@@ -79,11 +87,13 @@ struct NoAutocast {
 // Layers take TF32 where torch.backends.cuda.matmul.allow_tf32 or torch.set_float32_matmul_precision asks for it.
 // Without that, torch allows it in convolutions alone; here it is off in both, because a bound is only as good as its
 // rounding.
+bool tf32_is_wanted() { return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST; }
+
 struct Tf32OnRequest : NoAutocast {
   std::optional<at::NoTF32Guard> no_tf32;
 
   Tf32OnRequest() {
-    if (at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST) no_tf32.emplace();
+    if (!tf32_is_wanted()) no_tf32.emplace();
   }
 };
 
@@ -207,89 +217,189 @@ struct Basis {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight_in, const OptionalTensor& row_mask_in,
-                                               const OptionalTensor& col_mask_in, const OptionalTensor& start_in,
-                                               IntArrayRef input_shape, IntArrayRef stride, IntArrayRef padding,
-                                               IntArrayRef dilation, int64_t groups, int64_t iterations) {
-  LOCALLIP_GUARD(weight_in);
-  TORCH_CHECK(weight_in.dim() == 2 || weight_in.dim() == 4, "weight: got ", weight_in.dim(),
-              " dimensions, want 2 or 4");
-  TORCH_CHECK(iterations >= 0, "iterations: got ", iterations, ", want at least 0");
-  const FullPrecision full_precision;
-  const Operator op{laid_out(weight_in.detach()), stride.vec(), padding.vec(), dilation.vec(), groups};
-  const std::vector<int64_t> output_shape = op.output_sizes(input_shape);
-  const OptionalTensor row_mask = laid_out(row_mask_in), col_mask = laid_out(col_mask_in), start = laid_out(start_in);
-  const auto check = [&](const char* name, const OptionalTensor& t, IntArrayRef sizes, bool broadcast) {
-    if (!t) return;
-    TORCH_CHECK(t->device() == weight_in.device(), name, ": got device ", t->device(), ", want ", weight_in.device());
-    TORCH_CHECK(t->sizes() == sizes || (broadcast && t->sizes() == IntArrayRef(with_batch(1, sizes))), name,
-                ": got shape ", t->sizes(), ", want ", sizes);
-  };
-  check("row_mask", row_mask, output_shape, false);
-  check("col_mask", col_mask, input_shape, false);
-  check("start", start, input_shape, true);
+// The arguments of the op, laid out and checked, and what it returns.
+struct MaskedNorm {
+  Operator op;
+  OptionalTensor row_mask, col_mask, start;
+  std::vector<int64_t> input_shape, output_shape;
+  int64_t batch, columns, rows, iterations;
+  Tensor sigma, right, left;
 
-  const auto options = weight_in.options().requires_grad(false);
-  const int64_t batch = input_shape[0];
-  Tensor right = empty(input_shape, options), left = empty(output_shape, options), sigma = at::empty({batch}, options);
-  if (batch == 0) return {sigma, right, left};
+  MaskedNorm(const Tensor& weight, const OptionalTensor& row_mask_in, const OptionalTensor& col_mask_in,
+             const OptionalTensor& start_in, IntArrayRef input, IntArrayRef stride, IntArrayRef padding,
+             IntArrayRef dilation, int64_t groups, int64_t steps)
+      : op{laid_out(weight.detach()), stride.vec(), padding.vec(), dilation.vec(), groups},
+        row_mask(laid_out(row_mask_in)),
+        col_mask(laid_out(col_mask_in)),
+        start(laid_out(start_in)),
+        input_shape(input.vec()),
+        iterations(steps) {
+    TORCH_CHECK(weight.dim() == 2 || weight.dim() == 4, "weight: got ", weight.dim(), " dimensions, want 2 or 4");
+    TORCH_CHECK(iterations >= 0, "iterations: got ", iterations, ", want at least 0");
+    output_shape = op.output_sizes(input);
+    const auto check = [&](const char* name, const OptionalTensor& t, IntArrayRef sizes, bool broadcast) {
+      if (!t) return;
+      TORCH_CHECK(t->device() == weight.device(), name, ": got device ", t->device(), ", want ", weight.device());
+      TORCH_CHECK(t->sizes() == sizes || (broadcast && t->sizes() == IntArrayRef(with_batch(1, sizes))), name,
+                  ": got shape ", t->sizes(), ", want ", sizes);
+    };
+    check("row_mask", row_mask, output_shape, false);
+    check("col_mask", col_mask, input_shape, false);
+    check("start", start, input_shape, true);
+    const auto options = weight.options().requires_grad(false);
+    batch = input_shape[0];
+    right = empty(input_shape, options);
+    left = empty(output_shape, options);
+    sigma = at::empty({batch}, options);
+    columns = batch ? right.numel() / batch : 0;
+    rows = batch ? left.numel() / batch : 0;
+  }
+
+  bool own_start() const { return start && start->size(0) > 1; }
+  at::TensorOptions options() const { return sigma.options(); }
+};
+
+// Products of the whole batch by torch's libraries, and the kernels of masked_norm.h between them.
+void stream_masked_norm(MaskedNorm& in) {
   // A few samples at a time on the CPU, so that their bases stay in cache from one pass to the next. Buffers are
   // reused.
-  const int64_t columns = right.numel() / batch, rows = left.numel() / batch;
-  const int64_t at_once = std::min(batch, op.samples_at_once(std::max(rows, columns)));
+  const Operator& op = in.op;
+  const int64_t rows = in.rows, columns = in.columns, iterations = in.iterations;
+  const int64_t at_once = std::min(in.batch, op.samples_at_once(std::max(rows, columns)));
   const int64_t window = std::min<int64_t>(iterations + 1, kWindow);
   const bool restarts = iterations + 1 > kWindow;
-  const Basis right_basis(window + restarts, with_batch(at_once, input_shape), options);
-  const Basis left_basis(window, with_batch(at_once, output_shape), options);
-  const auto doubles = options.dtype(at::kDouble);
+  const Basis right_basis(window + restarts, with_batch(at_once, in.input_shape), in.options());
+  const Basis left_basis(window, with_batch(at_once, in.output_shape), in.options());
+  const auto doubles = in.options().dtype(at::kDouble);
   const Tensor projected = at::empty({at_once, kWindow, kWindow}, doubles);
   const Tensor right_rotation = at::empty({at_once, kKept, kWindow}, doubles),
                left_rotation = at::empty_like(right_rotation);
 
-  for (int64_t first = 0; first < batch; first += at_once) {
-    const int64_t samples = std::min(at_once, batch - first);
+  for (int64_t first = 0; first < in.batch; first += at_once) {
+    const int64_t samples = std::min(at_once, in.batch - first);
     projected.zero_();
-    AT_DISPATCH_FLOATING_TYPES(weight_in.scalar_type(), "masked_norm", [&] {
+    AT_DISPATCH_FLOATING_TYPES(op.weight.scalar_type(), "masked_norm", [&] {
       auto* q = right_basis.slots.mutable_data_ptr<scalar_t>();
       auto* p = left_basis.slots.mutable_data_ptr<scalar_t>();
       auto* small = projected.mutable_data_ptr<double>();
       auto* right_turn = right_rotation.mutable_data_ptr<double>();
       auto* left_turn = left_rotation.mutable_data_ptr<double>();
-      auto* value = sigma.mutable_data_ptr<scalar_t>() + first;
-      const uint8_t* row_bytes = row_mask ? bytes(row_mask) + first * rows : nullptr;
-      const uint8_t* col_bytes = col_mask ? bytes(col_mask) + first * columns : nullptr;
-      const bool own_start = start && start->size(0) > 1;
-      const scalar_t* from = start ? pointer<scalar_t>(start) + (own_start ? first * columns : 0) : nullptr;
-      LOCALLIP_RUN(weight_in, start_basis, q, from, own_start, col_bytes, samples, columns);
+      auto* value = in.sigma.mutable_data_ptr<scalar_t>() + first;
+      const uint8_t* row_bytes = in.row_mask ? bytes(in.row_mask) + first * rows : nullptr;
+      const uint8_t* col_bytes = in.col_mask ? bytes(in.col_mask) + first * columns : nullptr;
+      const scalar_t* from = in.start ? pointer<scalar_t>(in.start) + (in.own_start() ? first * columns : 0) : nullptr;
+      LOCALLIP_RUN(op.weight, start_basis, q, from, in.own_start(), col_bytes, samples, columns);
       int count = 0;
       for (int64_t step = 0;; ++step) {
         Tensor image = op.apply(right_basis.at_slot(count, samples));
-        LOCALLIP_RUN(weight_in, extend_basis, p, image.mutable_data_ptr<scalar_t>(), row_bytes, count, samples, rows,
+        LOCALLIP_RUN(op.weight, extend_basis, p, image.mutable_data_ptr<scalar_t>(), row_bytes, count, samples, rows,
                      Breakdown::kDrop, restarts, 0u, small);
         ++count;
         if (step == iterations) break;
         Tensor back = std::get<0>(
             op.gradients(left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples), true, false));
-        LOCALLIP_RUN(weight_in, extend_basis, q, back.mutable_data_ptr<scalar_t>(), col_bytes, count, samples, columns,
+        LOCALLIP_RUN(op.weight, extend_basis, q, back.mutable_data_ptr<scalar_t>(), col_bytes, count, samples, columns,
                      Breakdown::kReplace, restarts, static_cast<uint32_t>(step + 1), static_cast<double*>(nullptr));
         if (count < kWindow) continue;
         // thick restart: the leading Ritz vectors stay, and the direction just found follows them
-        LOCALLIP_RUN(weight_in, decompose, small, count, kKept, samples, right_turn, left_turn, value);
-        LOCALLIP_RUN(weight_in, rotate_basis, q, right_turn, count, kKept, samples, columns, q);
-        LOCALLIP_RUN(weight_in, rotate_basis, p, left_turn, count, kKept, samples, rows, p);
+        LOCALLIP_RUN(op.weight, decompose, small, count, kKept, samples, right_turn, left_turn, value);
+        LOCALLIP_RUN(op.weight, rotate_basis, q, right_turn, count, kKept, samples, columns, q);
+        LOCALLIP_RUN(op.weight, rotate_basis, p, left_turn, count, kKept, samples, rows, p);
         right_basis.at_slot(kKept, samples).copy_(right_basis.at_slot(count, samples));
         count = kKept;
       }
-      LOCALLIP_RUN(weight_in, decompose, small, count, 1, samples, right_turn, left_turn, value);
-      LOCALLIP_RUN(weight_in, rotate_basis, q, right_turn, count, 1, samples, columns,
-                   right.mutable_data_ptr<scalar_t>() + first * columns);
-      LOCALLIP_RUN(weight_in, rotate_basis, p, left_turn, count, 1, samples, rows,
-                   left.mutable_data_ptr<scalar_t>() + first * rows);
+      LOCALLIP_RUN(op.weight, decompose, small, count, 1, samples, right_turn, left_turn, value);
+      LOCALLIP_RUN(op.weight, rotate_basis, q, right_turn, count, 1, samples, columns,
+                   in.right.mutable_data_ptr<scalar_t>() + first * columns);
+      LOCALLIP_RUN(op.weight, rotate_basis, p, left_turn, count, 1, samples, rows,
+                   in.left.mutable_data_ptr<scalar_t>() + first * rows);
     });
   }
+}
+
+#if defined(LOCALLIP_CUDA) || defined(LOCALLIP_EMULATED_CUDA)
+// The one place that chooses how a GPU computes norms: on chip in one kernel where the layer fits and needs no restart,
+// else by the streaming path (false). LOCALLIP_STREAMING=1 is for measuring one against the other.
+bool resident_masked_norm(MaskedNorm& in) {
+  const Tensor& weight = in.op.weight;
+#ifndef LOCALLIP_EMULATED_CUDA
+  if (!weight.is_cuda()) return false;
+#endif
+  const char* streaming = std::getenv("LOCALLIP_STREAMING");
+  if (streaming && std::string(streaming) == "1") return false;
+  if (in.iterations + 1 > kWindow) return false;
+  const auto iterations = static_cast<int>(in.iterations);
+  const auto slots = [&](int64_t count, int64_t units) { return at::empty({count, in.batch, units}, in.options()); };
+  if (weight.dim() == 2) {
+    bool fits = false;
+    AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "masked_norm", [&] {
+      fits = in.rows <= kWindow || cuda::dense_fits<scalar_t>(in.rows, in.columns);
+      if (!fits) return;
+      const Tensor right = slots(iterations + 1, in.columns), left = slots(iterations + 1, in.rows);
+      const DenseProblem<scalar_t> problem = {weight.const_data_ptr<scalar_t>(),
+                                              static_cast<int>(in.rows),
+                                              static_cast<int>(in.columns),
+                                              in.batch,
+                                              iterations,
+                                              bytes(in.row_mask),
+                                              bytes(in.col_mask),
+                                              pointer<scalar_t>(in.start),
+                                              in.own_start(),
+                                              right.mutable_data_ptr<scalar_t>(),
+                                              left.mutable_data_ptr<scalar_t>(),
+                                              in.sigma.mutable_data_ptr<scalar_t>(),
+                                              in.right.mutable_data_ptr<scalar_t>(),
+                                              in.left.mutable_data_ptr<scalar_t>()};
+      LOCALLIP_RUN(weight, masked_norm_dense, problem);
+    });
+    return fits;
+  }
+  const bool plain = in.op.groups == 1 && in.op.dilation == std::vector<int64_t>{1, 1};
+  if (weight.scalar_type() != at::kFloat || !plain) return false;
+  const auto size = [](const auto& sizes, int i) { return static_cast<int>(sizes[i]); };
+  const ConvolutionGeometry geometry = {size(in.input_shape, 1),  size(in.input_shape, 2),  size(in.input_shape, 3),
+                                        size(in.output_shape, 1), size(in.output_shape, 2), size(in.output_shape, 3),
+                                        size(weight.sizes(), 2),  size(weight.sizes(), 3),  size(in.op.stride, 0),
+                                        size(in.op.stride, 1),    size(in.op.padding, 0),   size(in.op.padding, 1)};
+  if (!cuda::convolution_fits(geometry, in.batch)) return false;
+  const Tensor packed = at::empty({cuda::packed_weight_floats(geometry)}, in.options()),
+               exponent = at::empty({1}, in.options().dtype(at::kInt)), right = slots(iterations, in.columns),
+               left = slots(iterations, in.rows);
+  const ConvolutionProblem problem = {geometry,
+                                      in.batch,
+                                      iterations,
+                                      bytes(in.row_mask),
+                                      bytes(in.col_mask),
+                                      pointer<float>(in.start),
+                                      in.own_start(),
+                                      packed.mutable_data_ptr<float>(),
+                                      right.mutable_data_ptr<float>(),
+                                      left.mutable_data_ptr<float>(),
+                                      in.sigma.mutable_data_ptr<float>(),
+                                      in.right.mutable_data_ptr<float>(),
+                                      in.left.mutable_data_ptr<float>(),
+                                      exponent.mutable_data_ptr<int>()};
+  LOCALLIP_RUN(weight, masked_norm_convolution, problem, weight.const_data_ptr<float>(), !tf32_is_wanted());
+  return true;
+}
+#else
+bool resident_masked_norm(MaskedNorm&) { return false; }
+#endif
+
+std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const OptionalTensor& row_mask,
+                                               const OptionalTensor& col_mask, const OptionalTensor& start,
+                                               IntArrayRef input_shape, IntArrayRef stride, IntArrayRef padding,
+                                               IntArrayRef dilation, int64_t groups, int64_t iterations) {
+  LOCALLIP_GUARD(weight);
+  const FullPrecision full_precision;
+  // with few rows (a last layer's classes) this exhausts the Krylov space at next to no cost
+  if (weight.dim() == 2 && weight.size(0) <= kWindow) iterations = std::max(iterations, weight.size(0) - 1);
+  MaskedNorm in(weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations);
+  if (in.batch == 0) return {in.sigma, in.right, in.left};
+  if (!resident_masked_norm(in)) stream_masked_norm(in);
   // a NaN or infinite weight in a masked row or column would otherwise stay unseen
-  sigma.add_(op.weight.mul(0).sum());
-  return {sigma, right, left};
+  in.sigma.add_(in.op.weight.mul(0).sum());
+  return {in.sigma, in.right, in.left};
 }
 
 // d sigma = left^T diag(row) dW diag(col) right with the singular vectors held constant; they are zero where the masks
@@ -374,10 +484,11 @@ struct Pattern {
                   values.scalar_type(), " on ", values.device());
   }
 
+  bool row_norms_shared() const { return row_norms.size(0) != batch || batch == 1; }
+
   template <typename T>
   ActivationInput<T> input() const {
     const T* clean = values.const_data_ptr<T>();
-    const bool shared = row_norms.size(0) != batch || batch == 1;
     return {clean,
             box ? clean + values.numel() / 2 : nullptr,
             pointer<T>(half_width),
@@ -385,33 +496,42 @@ struct Pattern {
             radius.const_data_ptr<T>(),
             pointer<T>(first),
             pointer<T>(second),
-            shared,
+            row_norms_shared(),
             batch,
             outer,
             inner};
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
     const Tensor& values, const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
     const std::string& activation, const OptionalTensor& first, const OptionalTensor& second) {
   LOCALLIP_GUARD(values);
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
   Tensor out = empty(with_batch(2 * in.batch, in.sizes), options), out_half = empty(in.sizes, options);
-  Tensor row = empty(in.sizes, options.dtype(at::kBool)), col = empty(in.sizes, options.dtype(at::kBool));
+  Tensor row = empty(in.sizes, options.dtype(at::kBool)), col = empty(in.sizes, options.dtype(at::kBool)), sums;
   const int64_t units = out_half.numel() / std::max<int64_t>(in.batch, 1);
-  if (out_half.numel() == 0) return {out, out_half, row, col, at::zeros({in.batch, 2}, options)};
-  const int64_t chunks = LOCALLIP_HOST_RUN(values, activation_pattern_chunks, in.outer, in.inner, false);
-  Tensor slack = at::empty({in.batch, chunks, 2}, options);
+  if (out_half.numel() == 0) {
+    const Tensor none = at::zeros({in.batch, 2}, options);
+    return {out, out_half, row, col, none, none.to(at::kLong)};
+  }
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "activation_pattern", [&] {
+    const int64_t chunks = LOCALLIP_HOST_RUN(values, activation_pattern_chunks<scalar_t>, in.outer, in.inner, false);
+    sums = at::empty({in.batch, chunks, 4}, options);
     auto* clean = out.mutable_data_ptr<scalar_t>();
     const ActivationOutput<scalar_t> to = {
-        clean,      clean + out_half.numel(),          out_half.mutable_data_ptr<scalar_t>(), bytes(row),
-        bytes(col), slack.mutable_data_ptr<scalar_t>()};
+        clean,      clean + out_half.numel(),         out_half.mutable_data_ptr<scalar_t>(), bytes(row),
+        bytes(col), sums.mutable_data_ptr<scalar_t>()};
     LOCALLIP_RUN(values, activation_pattern, in.activation, in.input<scalar_t>(), to);
   });
-  return {out, out_half, row, col, slack.sum(1).div_(in.paired ? units / 2 : units)};
+  const Tensor totals = sums.size(1) == 1 ? sums.select(1, 0) : sums.sum(1);
+  return {out,
+          out_half,
+          row,
+          col,
+          totals.narrow(1, 0, 2) / (in.paired ? units / 2 : units),
+          totals.narrow(1, 2, 2).to(at::kLong)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_backward(
@@ -422,17 +542,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_ba
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
   const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, options); };
-  Tensor out_values = at::empty_like(in.values), out_half = like(in.half_width),
-         out_norms = at::empty_like(in.row_norms);
-  Tensor out_first = like(in.first), out_second = like(in.second);
+  Tensor out_values = at::empty_like(in.values), out_half = like(in.half_width);
   if (in.values.numel() == 0)
-    return {out_values, out_half, out_norms.zero_(), at::zeros_like(radius), out_first.zero_(), out_second.zero_()};
+    return {out_values,
+            out_half,
+            at::zeros_like(in.row_norms),
+            at::zeros_like(radius),
+            like(in.first).zero_(),
+            like(in.second).zero_()};
   const Tensor g_values = laid_out(grad_values), g_half = laid_out(grad_half_width);
   const int64_t units = in.paired ? 2 * in.outer * in.inner : in.inner;
   const Tensor g_slack = (grad_slack / (in.paired ? units / 2 : units)).contiguous();
-  const int64_t chunks = LOCALLIP_HOST_RUN(values, activation_pattern_chunks, in.outer, in.inner, true);
-  Tensor out_radius = at::empty({chunks, in.batch}, options);
+  const bool shared = in.row_norms_shared();
+  Tensor out_norms, out_radius, out_first, out_second;
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "activation_pattern_backward", [&] {
+    const int64_t chunks = LOCALLIP_HOST_RUN(values, activation_pattern_chunks<scalar_t>, in.outer, in.inner, true);
+    const int64_t slices = LOCALLIP_HOST_RUN(values, activation_pattern_slices<scalar_t>, in.batch, in.outer, in.inner);
+    // what the samples share comes as sums over slices of the batch
+    const auto sliced = [&](const OptionalTensor& t) {
+      return t ? empty(with_batch(slices, t->sizes()), options) : at::empty({0}, options);
+    };
+    out_norms = shared ? sliced(in.row_norms) : at::empty_like(in.row_norms);
+    out_radius = at::empty({chunks, in.batch}, options);
+    out_first = sliced(in.first);
+    out_second = sliced(in.second);
     const auto* g = g_values.const_data_ptr<scalar_t>();
     const ActivationOutputGrad<scalar_t> from = {g, g + g_half.numel(), g_half.const_data_ptr<scalar_t>(),
                                                  g_slack.const_data_ptr<scalar_t>()};
@@ -446,7 +579,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_ba
                                               in.second ? out_second.mutable_data_ptr<scalar_t>() : nullptr};
     LOCALLIP_RUN(values, activation_pattern_backward, in.activation, in.input<scalar_t>(), from, to);
   });
-  return {out_values, out_half, out_norms, out_radius.sum(0), out_first, out_second};
+  const auto total = [](const Tensor& t) { return t.size(0) <= 1 ? t : t.sum(0, /*keepdim=*/true); };
+  return {out_values,        out_half,         shared ? total(out_norms) : out_norms,
+          out_radius.sum(0), total(out_first), total(out_second)};
 }
 
 // ---- margin --------------------------------------------------------------------------------------------------------------
@@ -514,10 +649,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_backward(const Tensor&
   const Margin in(features, lower, upper, radius, weight, labels);
   Tensor to_features = at::empty_like(in.features), to_lower = at::empty_like(in.lower),
          to_upper = at::empty_like(in.upper);
-  Tensor to_radius = at::empty_like(in.radius), to_weight = at::zeros_like(in.weight),
-         moved = at::empty_like(in.features);
+  Tensor to_radius = at::empty_like(in.radius), moved = at::empty_like(in.features);
   if (grad_gain.numel() == 0)
-    return {to_features.zero_(), to_lower.zero_(), to_upper.zero_(), to_radius.zero_(), to_weight};
+    return {to_features.zero_(), to_lower.zero_(), to_upper.zero_(), to_radius.zero_(), at::zeros_like(in.weight)};
+  const int64_t slices =
+      LOCALLIP_HOST_RUN(features, margin_slices, features.size(0), in.weight.size(0), in.weight.size(1));
+  Tensor to_weight = at::empty({slices, in.weight.size(0), in.weight.size(1)}, in.weight.options());
   const Tensor grad = grad_gain.contiguous(), at_step = step.contiguous();
   AT_DISPATCH_FLOATING_TYPES(features.scalar_type(), "margin_backward", [&] {
     const MarginGrad<scalar_t> to = {grad.const_data_ptr<scalar_t>(),          at_step.const_data_ptr<scalar_t>(),
@@ -526,7 +663,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_backward(const Tensor&
                                      to_weight.mutable_data_ptr<scalar_t>(),   moved.mutable_data_ptr<scalar_t>()};
     LOCALLIP_RUN(features, margin_backward, in.input<scalar_t>(), to);
   });
-  return {to_features, to_lower, to_upper, to_radius, to_weight};
+  return {to_features, to_lower, to_upper, to_radius, slices == 1 ? to_weight[0] : to_weight.sum(0)};
 }
 
 // ---- Lanczos bound -------------------------------------------------------------------------------------------------------
@@ -565,7 +702,7 @@ TORCH_LIBRARY(locallip_cuda, m) {
          ", int iterations) -> (Tensor sigma, Tensor right, Tensor left)");
   define("masked_norm_backward(Tensor grad, Tensor weight, Tensor right, Tensor left, " + conv + ") -> Tensor");
   define("activation_pattern(" + bounds +
-         ") -> (Tensor values, Tensor half_width, Tensor row_mask, Tensor col_mask, Tensor slack)");
+         ") -> (Tensor values, Tensor half_width, Tensor row_mask, Tensor col_mask, Tensor slack, Tensor varying)");
   define("activation_pattern_backward(Tensor grad_values, Tensor grad_half_width, Tensor grad_slack, " + bounds +
          ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   define("margin(" + last + ") -> (Tensor gain, Tensor step)");

@@ -30,6 +30,7 @@ class LocalBounds:
         features, lower, upper: (B, h) clean input of the last layer, and a box that holds it over the ball.
         row_masks, column_masks: one bool tensor (B, *output) per layer but the last: pre-activations that can still
             change the layer's output, and outputs that can vary inside the ball.
+        varying: (B, L-1, 2), int64, how many each of the two leaves.
         eps: (B,) radius of the ball at the input.
         guarantee: what the bounds are worth; "estimate" proves nothing.
         last_weight, sparsity_terms, operators: what worst_logits, the losses and global_lipschitz are made of.
@@ -44,6 +45,7 @@ class LocalBounds:
     upper: Tensor
     row_masks: list[Tensor]
     column_masks: list[Tensor]
+    varying: Tensor
     eps: Tensor
     guarantee: str
     last_weight: Tensor
@@ -271,12 +273,21 @@ def _estimated(done: Propagation, path: str, last: nn.Linear) -> LocalBounds:
         upper=centre + half_width,
         row_masks=done.row_masks,
         column_masks=done.column_masks,
+        varying=_stacked(done.varying, features),
         eps=done.eps,
         guarantee="estimate",
         last_weight=last.weight,
         sparsity_terms=torch.stack(done.sparsity_terms or none),
         operators=done.operators,
     )
+
+
+def _counts(row_mask: Tensor, column_mask: Tensor) -> Tensor:
+    return torch.stack([row_mask.flatten(1).sum(1), column_mask.flatten(1).sum(1)], 1)
+
+
+def _stacked(counts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(counts, 1) if counts else like.new_zeros(like.shape[0], 0, 2, dtype=torch.int64)
 
 
 def _proved(done: ProvedPropagation, path: str, last: nn.Linear, failure_probability: float) -> ProvedBounds:
@@ -296,6 +307,7 @@ def _proved(done: ProvedPropagation, path: str, last: nn.Linear, failure_probabi
         upper=upper,
         row_masks=done.row_masks,
         column_masks=done.column_masks,
+        varying=_stacked([_counts(*masks) for masks in zip(done.row_masks, done.column_masks, strict=True)], logits),
         eps=done.eps,
         guarantee=done.guarantee,
         last_weight=head.weight,

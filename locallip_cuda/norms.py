@@ -215,7 +215,8 @@ def masked_norm(
         col_mask: bool (B, n) or (B, Cin, H, W), True where a column stays; None keeps all columns.
         input_size: (Cin, H, W); needed for a convolution without ``col_mask``.
         stride, padding, dilation, groups: of the convolution, as in :func:`torch.nn.functional.conv2d`.
-        iterations: how many times A^T A enters the Krylov space; each costs one application of W and one of W^T.
+        iterations: how many times A^T A enters the Krylov space; each costs one application of W and one of W^T. For
+            a dense weight with at most 16 rows the space is exhausted, whatever the number.
         start: right vectors to start from, (*input) or (B, *input); a small fixed pseudo-random vector is always
             added, so that no start is without a component on the top singular vector. None starts pseudo-randomly.
         return_vectors: also return the unit right and left singular vectors u (B, *input), v (B, *output).

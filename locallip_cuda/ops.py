@@ -72,8 +72,8 @@ def activation_pattern(
     activation: str,
     first: Tensor | None,
     second: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer's bounds in; masks, post-activation box and sparsity terms out, in one pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer's bounds in; masks, post-activation box, sparsity terms and counts out, in one pass.
 
     The pre-activation box [centre - half_width, centre + half_width] is intersected with the ball
     clean +- radius * sqrt(squared_row_norms). The ball behind the activation, h +- r_l, needs no pass of its own: a
@@ -90,10 +90,11 @@ def activation_pattern(
     Returns:
         values (2B, *shape): clean outputs, then the centres of their box; half_width (B, *shape); row_mask and
         col_mask, bool (B, *shape); slack (B, 2): the means over the units of the two sparsity terms, relu(ub) and
-        relu(threshold - lb); for clipped_maxmin relu(upper - lb_max) + relu(ub_min - lower) and 0.
+        relu(threshold - lb); for clipped_maxmin relu(upper - lb_max) + relu(ub_min - lower) and 0; varying, int64
+        (B, 2): how many units are True in row_mask and in col_mask.
         Differentiable in all floating-point inputs; where box and ball tie, the gradient goes to the ball.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _ops.activation_pattern(
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _ops.activation_pattern(
         values, half_width, squared_row_norms, radius, activation, first, second
     )
     return result
@@ -192,7 +193,8 @@ def _(values, half_width, squared_row_norms, radius, activation, first, second):
     shape = [radius.shape[0], *values.shape[1:]]
     mask = [_laid_out(values, shape, torch.bool) for _ in range(2)]
     out = _laid_out(values, [2 * shape[0], *shape[1:]])
-    return out, _laid_out(values, shape), *mask, values.new_empty(shape[0], 2)
+    slack, varying = values.new_empty(shape[0], 2), values.new_empty(shape[0], 2, dtype=torch.int64)
+    return out, _laid_out(values, shape), *mask, slack, varying
 
 
 @torch.library.register_fake("locallip_cuda::activation_pattern_backward")
@@ -250,11 +252,11 @@ def _activation_pattern_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
     values, half_width, norms, radius, activation, first, second = inputs
     ctx.save_for_backward(values, half_width, norms, radius, first, second)
     ctx.activation = activation
-    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.mark_non_differentiable(output[2], output[3], output[5])
 
 
 def _activation_pattern_backward(
-    ctx: Any, grad_values: Tensor, grad_half_width: Tensor, _row: Tensor, _col: Tensor, grad_slack: Tensor
+    ctx: Any, grad_values: Tensor, grad_half_width: Tensor, _row: Any, _col: Any, grad_slack: Tensor, _varying: Any
 ) -> tuple[Tensor | None, ...]:
     values, half_width, norms, radius, first, second = ctx.saved_tensors
     grads = _ops.activation_pattern_backward(

@@ -32,6 +32,7 @@ class Propagation:
         self.column_mask: Tensor | None = None
         self.row_masks: list[Tensor] = []
         self.column_masks: list[Tensor] = []
+        self.varying: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.sparsity_terms: list[Tensor] = []
         self.operators: list[tuple[Operator, list[int]]] = []
@@ -49,7 +50,7 @@ class Propagation:
             if self.half_width is not None:
                 self.half_width = operator(self.half_width, operator.weight.abs())
             squared_row_norms = operator.squared_row_norms(columns, sizes, self.values, exact=self.local)
-        self.values, self.half_width, rows, self.column_mask, slack = ops.activation_pattern(
+        self.values, self.half_width, rows, self.column_mask, slack, varying = ops.activation_pattern(
             self.values,
             self.half_width,
             squared_row_norms,
@@ -64,9 +65,11 @@ class Propagation:
             return
         if not self.local and activation.kind == "clipped_maxmin":
             rows = torch.ones_like(rows)  # the paper removes none
+            varying = torch.stack([torch.full_like(varying[:, 0], rows.shape[1:].numel()), varying[:, 1]], 1)
         self.norms.append(self._norm(path, operator, rows, columns, sizes))
         self.row_masks.append(rows)
         self.column_masks.append(self.column_mask)
+        self.varying.append(varying)
         self.sparsity_terms.append(slack.sum(0) / max(self.batch, 1))
         self.operators.append((operator, sizes))
 

@@ -77,14 +77,19 @@ def masked_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Largest singular value of ``diag(row) W diag(col)`` on a Krylov space with ``iterations + 1`` dimensions.
 
-    The space is orthonormalised twice and never restarted, and the singular value of its image is LAPACK's.
+    The space is orthonormalised twice and never restarted, and the singular value of its image is LAPACK's. Of a dense
+    weight with at most 16 rows it is the whole of what A^T A reaches.
     Returns (sigma (B,), right ``input_shape``, left (B, *output)), the vectors without a gradient.
     """
     conv = (stride, padding, dilation, groups)
+    if weight.dim() == 2 and weight.shape[0] <= 16:
+        iterations = max(iterations, weight.shape[0] - 1)
 
-    def unit(x: Tensor) -> Tensor:
-        norm = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(norm > 0, x / norm, 0)
+    def length(x: Tensor) -> Tensor:
+        return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+
+    def unit(x: Tensor, noise: Tensor | float = 0) -> Tensor:
+        return torch.where(length(x) > noise, x / length(x), 0)
 
     def project(x: Tensor) -> Tensor:
         return x if col_mask is None else torch.where(col_mask, x, 0)
@@ -100,10 +105,11 @@ def masked_norm(
         right: list[Tensor] = []
         left: list[Tensor] = []
         for _ in range(iterations + 1):
+            noise = 16 * torch.finfo(x.dtype).eps * length(x)  # what is no longer is rounding: the space is exhausted
             for _twice in range(2):
                 for q in right:
                     x = x - q * (q * x).flatten(1).sum(1).view(-1, *[1] * (x.dim() - 1))
-            right.append(unit(x))
+            right.append(unit(x, noise))
             left.append(forward(right[-1]))
             x = project(adjoint(weight, left[-1], input_shape[1:], *conv))
         basis = torch.stack([q.flatten(1) for q in right], 2)
@@ -125,8 +131,8 @@ def activation_pattern(
     activation: str,
     first: Tensor | None,
     second: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Bounds in; masks, post-activation box and sparsity terms out, as :func:`locallip_cuda.ops.activation_pattern`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Bounds in; masks, box, sparsity terms and counts out, as :func:`locallip_cuda.ops.activation_pattern`."""
     batch = radius.shape[0]
     clean = values[:batch]
     reach = radius.view(-1, *[1] * (clean.dim() - 1)) * squared_row_norms.clamp_min(0).sqrt()
@@ -180,7 +186,8 @@ def activation_pattern(
             [zero if activation == "identity" else mean(upper), mean(first - lower) if first is not None else zero], 1
         )
     out, low, high = outputs
-    return torch.cat([out, (low + high) / 2]), (high - low) / 2, row_mask, col_mask, slack
+    varying = torch.stack([mask.flatten(1).sum(1) for mask in (row_mask, col_mask)], 1)
+    return torch.cat([out, (low + high) / 2]), (high - low) / 2, row_mask, col_mask, slack, varying
 
 
 def margin(features: Tensor, lower: Tensor, upper: Tensor, radius: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

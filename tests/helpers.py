@@ -12,6 +12,8 @@ from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ACTIVATIONS = ["relu", "clipped-relu", "maxmin", "clipped-maxmin"]
+# as the op names them
+ACTIVATION_KINDS = ["identity", "relu", "clipped_relu", "maxmin", "clipped_maxmin"]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -48,6 +50,37 @@ def true_norms(
 ) -> Tensor:
     """(B,) operator norms in float64 from the singular values of the materialised masked matrices."""
     return torch.linalg.svdvals(masked_matrices(matrix(weight, input_size, **conv), row_mask, col_mask))[:, 0]
+
+
+def activation_arguments(
+    activation: str,
+    shape: tuple[int, ...],
+    batch: int,
+    *,
+    box: bool = True,
+    shared: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> list[Any]:
+    """Random arguments of ops.activation_pattern, without ties, in which every kind of unit occurs."""
+    g = generator(seed)
+
+    def uniform(low: float, high: float, *size: int) -> Tensor:
+        return (low + (high - low) * torch.rand(size, generator=g, dtype=torch.float64)).to(device, dtype)
+
+    clean = uniform(-2, 2, batch, *shape)
+    offset = uniform(-0.5, 0.5, batch, *shape)
+    centre, half_width = clean + offset, offset.abs() + uniform(0.05, 1, batch, *shape)
+    norms = uniform(0.01, 2, 1 if shared else batch, *shape)
+    radius = uniform(0.05, 1.5, batch)
+    half = (1, shape[0] // 2, *shape[1:])
+    thresholds = {
+        "clipped_relu": (uniform(0, 1, 1, *shape), None),
+        "clipped_maxmin": (uniform(-0.5, 0.8, *half), uniform(-0.8, 0.5, *half)),
+    }.get(activation, (None, None))
+    values = torch.cat([clean, centre]) if box else clean
+    return [values, half_width if box else None, norms, radius, activation, *thresholds]
 
 
 def activation(name: str, shape: tuple[int, ...], threshold: float = 0.4, clip: float = 0.3) -> nn.Module:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ACTIVATION_KINDS as ACTIVATIONS
 from helpers import DEVICES, generator
+from helpers import activation_arguments as arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,42 +16,10 @@ from locallip_cuda import ops, reference
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
-ACTIVATIONS = ["identity", "relu", "clipped_relu", "maxmin", "clipped_maxmin"]
 # more units than a chunk of the backward pass holds, in both layouts
 SHAPES = {"dense": (34,), "image": (6, 5, 4), "channels": (70, 3, 2), "wide": (2500,), "large image": (10, 24, 23)}
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-
-
-def arguments(
-    activation: str,
-    shape: tuple[int, ...],
-    batch: int,
-    *,
-    box: bool = True,
-    shared: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float64,
-) -> list[Any]:
-    """Random arguments of the op, without ties, in which every kind of unit occurs."""
-    g = generator(seed)
-
-    def uniform(low: float, high: float, *size: int) -> Tensor:
-        return (low + (high - low) * torch.rand(size, generator=g, dtype=torch.float64)).to(device, dtype)
-
-    clean = uniform(-2, 2, batch, *shape)
-    offset = uniform(-0.5, 0.5, batch, *shape)
-    centre, half_width = clean + offset, offset.abs() + uniform(0.05, 1, batch, *shape)
-    norms = uniform(0.01, 2, 1 if shared else batch, *shape)
-    radius = uniform(0.05, 1.5, batch)
-    half = (1, shape[0] // 2, *shape[1:])
-    thresholds = {
-        "clipped_relu": (uniform(0, 1, 1, *shape), None),
-        "clipped_maxmin": (uniform(-0.5, 0.8, *half), uniform(-0.8, 0.5, *half)),
-    }.get(activation, (None, None))
-    values = torch.cat([clean, centre]) if box else clean
-    return [values, half_width if box else None, norms, radius, activation, *thresholds]
 
 
 def bounds_of(args: list[Any]) -> tuple[Tensor, Tensor]:
@@ -90,7 +60,7 @@ def compare_gradients(args: list[Any], *, slack: bool = True, seed: int = 1, rto
     gradients = []
     for function in (ops.activation_pattern, reference.activation_pattern):
         own = [a.detach().clone().requires_grad_(True) if isinstance(a, Tensor) else a for a in args]
-        values, half_width, _, _, terms = function(*own)
+        values, half_width, _, _, terms, _ = function(*own)
         g = generator(seed)
         outputs = [values, half_width, terms] if slack else [values, half_width]
         total = sum((o * torch.randn(o.shape, generator=g, dtype=torch.float64).to(o)).sum() for o in outputs)
@@ -159,7 +129,7 @@ def test_layouts_do_not_matter(activation: str, device: str) -> None:
 def test_batches_of_none_and_one(activation: str, shape: tuple[int, ...], box: bool, device: str) -> None:
     for batch in (0, 1):
         args = arguments(activation, shape, batch, box=box, shared=True, device=device)
-        values, half_width, rows, columns, slack = ops.activation_pattern(*args)
+        values, half_width, rows, columns, slack, _ = ops.activation_pattern(*args)
         assert values.shape == (2 * batch, *shape) and half_width.shape == (batch, *shape)
         assert rows.shape == columns.shape == (batch, *shape) and slack.shape == (batch, 2)
         if batch:
@@ -202,7 +172,7 @@ def test_values_between_the_bounds_stay_inside(activation: str, box: bool, devic
     first, second = args[5:]
     lower, upper = bounds_of(args)
     assert (lower <= upper).all()
-    values, half_width, _, columns, _ = ops.activation_pattern(*args)
+    values, half_width, _, columns, *_ = ops.activation_pattern(*args)
     clean, centre = values.chunk(2)
     torch.testing.assert_close(clean, apply(activation, args[0][:5], first, second))
     low, high = centre - half_width, centre + half_width
@@ -221,13 +191,13 @@ def test_masks_of_clipped_relu_by_their_definition(device: str) -> None:
     args = arguments("clipped_relu", (200,), 4, device=device)
     lower, upper = bounds_of(args)
     stays = (upper > 0) & (lower < args[5])
-    _, _, rows, columns, slack = ops.activation_pattern(*args)
+    _, _, rows, columns, slack, _ = ops.activation_pattern(*args)
     assert torch.equal(rows, stays) and torch.equal(columns, stays)
     expected = torch.stack([upper.relu().mean(1), (args[5] - lower).relu().mean(1)], 1)
     torch.testing.assert_close(slack, expected)
     args = arguments("relu", (4, 3, 2), 4, device=device)
     lower, upper = bounds_of(args)
-    _, _, rows, columns, slack = ops.activation_pattern(*args)
+    _, _, rows, columns, slack, _ = ops.activation_pattern(*args)
     assert torch.equal(rows, upper > 0) and torch.equal(columns, rows)
     torch.testing.assert_close(slack[:, 0], upper.relu().flatten(1).mean(1))
     assert (slack[:, 1] == 0).all()
@@ -243,7 +213,7 @@ def test_sparsity_terms_of_clipped_maxmin_by_their_definition(device: str) -> No
 
 
 def test_masks_of_maxmin_are_all_true(device: str) -> None:
-    _, _, rows, columns, slack = ops.activation_pattern(*arguments("maxmin", (40,), 4, device=device))
+    _, _, rows, columns, slack, _ = ops.activation_pattern(*arguments("maxmin", (40,), 4, device=device))
     assert rows.all() and columns.all() and (slack == 0).all()
 
 
@@ -326,7 +296,7 @@ def test_bounds_exactly_at_the_thresholds(dtype: torch.dtype, device: str) -> No
         ("identity", 0.0, 0.0, None, True),
     ]
     for activation, low, high, threshold, stays in cases:
-        out, half, row, column, _ = unit(activation, low, high, device, threshold, dtype)
+        out, half, row, column, *_ = unit(activation, low, high, device, threshold, dtype)
         assert row.item() is stays and column.item() is stays, (activation, low, high)
         if not stays:
             assert half.item() == 0 and out[0].item() == out[1].item()
@@ -355,7 +325,7 @@ def test_row_norm_zero_has_no_infinite_gradient(activation: str, device: str) ->
         args = arguments(activation, (20,), 3, box=False, device=device)
         args[2] = torch.full_like(args[2], square)
         own = [a.requires_grad_(True) if isinstance(a, Tensor) else a for a in args]
-        values, half_width, _, _, slack = ops.activation_pattern(*own)
+        values, half_width, _, _, slack, _ = ops.activation_pattern(*own)
         assert (half_width <= 2e-7).all() and (square < 0 or (half_width == 0).all())
         gradients = torch.autograd.grad(values.sum() + half_width.sum() + slack.sum(), floats(own))
         assert all(g.isfinite().all() for g in gradients)
@@ -381,7 +351,7 @@ def test_nan_never_becomes_a_plausible_number(activation: str, box: bool, where:
         args[at][0, 1] = torch.nan
         paired = activation.endswith("maxmin")
         touched = [1, 5] if paired else [1]
-    values, half_width, rows, columns, _ = ops.activation_pattern(*args)
+    values, half_width, rows, columns, *_ = ops.activation_pattern(*args)
     shows = (values[0].isnan() | values[2].isnan() | half_width[0].isnan())[touched]
     if activation.endswith("maxmin"):
         shows = shows.view(2, -1).any(0)  # one output of the pair

@@ -162,10 +162,16 @@ LOCALLIP_MULTIVERSION void backward_row(const InputRow<T>& in_row, const GradRow
   }
 }
 
+// Returns how many are 1.
 template <typename T>
-LOCALLIP_MULTIVERSION void to_bytes(const T* mask, uint8_t* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint8_t>(mask[i]);
+LOCALLIP_MULTIVERSION int64_t to_bytes(const T* mask, uint8_t* out, int64_t n) {
+  int64_t count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = static_cast<uint8_t>(mask[i]);
+    count += out[i];
+  }
+  return count;
 }
 
 template <Activation kActivation, bool kBox, typename T>
@@ -181,10 +187,11 @@ void run_forward(const ActivationInput<T>& in, const ActivationOutput<T>& out) {
                                  masks.data() + units + in_sample};
         forward_row<kActivation, kBox>(InputRow<T>(in, b, o, is_paired(kActivation)), to, in.inner, slack);
       }
-      to_bytes(masks.data(), out.row_mask + b * units, units);
-      to_bytes(masks.data() + units, out.col_mask + b * units, units);
-      out.slack[2 * b] = slack[0];
-      out.slack[2 * b + 1] = slack[1];
+      T* sums = out.sums + 4 * b;
+      sums[0] = slack[0];
+      sums[1] = slack[1];
+      sums[2] = static_cast<T>(to_bytes(masks.data(), out.row_mask + b * units, units));
+      sums[3] = static_cast<T>(to_bytes(masks.data() + units, out.col_mask + b * units, units));
     }
   });
 }
@@ -193,7 +200,7 @@ template <Activation kActivation, bool kBox, typename T>
 void run_backward(const ActivationInput<T>& in, const ActivationOutputGrad<T>& grad,
                   const ActivationInputGrad<T>& out) {
   const int64_t width = is_paired(kActivation) ? 2 * in.inner : in.inner;
-  at::parallel_for(0, activation_pattern_chunks(in.outer, in.inner, true), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, activation_pattern_chunks<T>(in.outer, in.inner, true), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const Rows rows = rows_of(chunk, in.outer, in.inner);
       for (int64_t b = 0; b < in.batch; ++b) {
@@ -228,11 +235,17 @@ void run_backward(const ActivationInput<T>& in, const ActivationOutputGrad<T>& g
 
 }  // namespace
 
+template <typename>
 int64_t activation_pattern_chunks(int64_t outer, int64_t inner, bool backward) {
   if (!backward) return 1;
   if (outer == 1) return (inner + kChunk - 1) / kChunk;
   const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(inner, 1));
   return (outer + rows - 1) / rows;
+}
+
+template <typename>
+int64_t activation_pattern_slices(int64_t, int64_t, int64_t) {
+  return 1;
 }
 
 template <typename scalar_t>
@@ -251,6 +264,8 @@ void activation_pattern_backward(Activation activation, const ActivationInput<sc
 }
 
 #define LOCALLIP_INSTANTIATE(scalar_t)                                                                               \
+  template int64_t activation_pattern_chunks<scalar_t>(int64_t, int64_t, bool);                                      \
+  template int64_t activation_pattern_slices<scalar_t>(int64_t, int64_t, int64_t);                                   \
   template void activation_pattern(Activation, const ActivationInput<scalar_t>&, const ActivationOutput<scalar_t>&); \
   template void activation_pattern_backward(Activation, const ActivationInput<scalar_t>&,                            \
                                             const ActivationOutputGrad<scalar_t>&,                                   \

@@ -1,0 +1,214 @@
+"""Norms of small and odd layers against the plain-PyTorch twin and the singular values of the materialised operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import generator, true_norms
+from torch import Tensor
+
+from locallip_cuda import ops, reference
+
+MASKS = ["none", "all", "empty", "one bit", "random", "rows", "columns"]
+
+
+def mask(kind: str, batch: int, shape: list[int], seed: int) -> Tensor | None:
+    full = torch.ones(batch, *shape, dtype=torch.bool)
+    if kind == "all":
+        return full
+    if kind == "empty":
+        return ~full
+    random = torch.rand(batch, *shape, generator=generator(seed)) < 0.5
+    if kind == "one bit":
+        one = (~full).flatten(1)
+        one[torch.arange(batch), torch.arange(batch) * 7 % one.shape[1]] = True
+        return one.view(batch, *shape)
+    return random
+
+
+def masks(kind: str, batch: int, rows: list[int], columns: list[int]) -> tuple[Tensor | None, Tensor | None]:
+    row_mask = None if kind in ("none", "columns") else mask(kind, batch, rows, 1)
+    col_mask = None if kind in ("none", "rows") else mask(kind, batch, columns, 2)
+    return row_mask, col_mask
+
+
+def check(
+    weight: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    input_shape: list[int],
+    conv: list[Any],
+    iterations: int,
+    device: str,
+    tolerance: float,
+    start: Tensor | None = None,
+) -> None:
+    """The op's triple: the twin's value, never above the norm, unit vectors within the masks, A u = sigma v."""
+    arguments = [row_mask, col_mask, start, input_shape, *conv, iterations]
+    moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+    sigma, right, left = (t.cpu().double() for t in ops.masked_norm(weight.to(device), *moved))
+    double = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    expected, _, _ = reference.masked_norm(weight.double(), *double)  # type: ignore[arg-type]
+    true = true_norms(
+        weight, row_mask, col_mask, *([tuple(input_shape[1:])] if weight.dim() == 4 else []), **keywords(weight, conv)
+    ).expand(input_shape[0])
+    scale = weight.double().abs().max() * weight[0].numel() ** 0.5
+    assert (sigma <= true * (1 + tolerance) + tolerance * 1e-3 * scale).all()
+    assert (sigma >= expected * (1 - tolerance) - tolerance * 1e-3 * scale).all(), (sigma, expected)
+    alive = true > tolerance * scale
+    assert (sigma[true == 0] == 0).all() and (right[true == 0] == 0).all() and (left[true == 0] == 0).all()
+    for vector, mask_ in ((right, col_mask), (left, row_mask)):
+        assert mask_ is None or (vector[~mask_] == 0).all()
+        assert torch.allclose(vector.flatten(1).norm(dim=1)[alive], torch.ones(1, dtype=torch.float64), atol=1e-4)
+    image = reference.affine(right, weight.double(), None, *conv)
+    image = image if row_mask is None else image * row_mask
+    residual = (image - sigma.view(-1, *[1] * (image.dim() - 1)) * left).flatten(1).norm(dim=1)
+    assert (residual[alive] <= 30 * tolerance * true[alive] + tolerance * 1e-2 * scale).all(), (residual, true)
+
+
+def keywords(weight: Tensor, conv: list[Any]) -> dict[str, Any]:
+    return dict(zip(("stride", "padding", "dilation", "groups"), conv, strict=True)) if weight.dim() == 4 else {}
+
+
+NO_CONV = [[1, 1], [0, 0], [1, 1], 1]
+# the last two: more survivors than fit on chip, and more weights than are gathered at all
+DENSE = [(1, 1), (1, 33), (31, 1), (33, 31), (16, 40), (17, 64), (40, 129), (600, 5), (300, 600), (800, 700)]
+
+
+@pytest.mark.parametrize("shape", DENSE, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_dense(device: str, shape: tuple[int, int], kind: str) -> None:
+    weight = torch.randn(shape, generator=generator(0))
+    rows, columns = masks(kind, 3, [shape[0]], [shape[1]])
+    batch = 1 if kind == "none" else 3
+    check(weight, rows, columns, [batch, shape[1]], NO_CONV, 4, device, 1e-5)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 15, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dense_iterations(device: str, iterations: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(35, 50, generator=generator(0)).to(dtype)
+    rows, columns = masks("random", 3, [35], [50])
+    check(weight, rows, columns, [3, 50], NO_CONV, iterations, device, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_dense_far_from_one(device: str, scale: float) -> None:
+    weight = torch.randn(35, 50, generator=generator(0)) * scale
+    check(weight, *masks("random", 3, [35], [50]), [3, 50], NO_CONV, 4, device, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (12, 30), (30, 20, 3, 3)], ids=str)
+@pytest.mark.parametrize("iterations", [4, 30])
+def test_rank_one(device: str, shape: tuple[int, ...], iterations: int) -> None:
+    """The Krylov space is exhausted after one step, and what follows is rounding."""
+    a, b = torch.randn(shape[0], generator=generator(0)), torch.randn(shape[1], generator=generator(1))
+    weight = torch.outer(a, b)
+    if len(shape) == 2:
+        check(weight, *masks("random", 2, [shape[0]], [shape[1]]), [2, shape[1]], NO_CONV, iterations, device, 1e-5)
+    else:
+        centre = torch.zeros(shape)
+        centre[:, :, 1, 1] = weight
+        conv = [[1, 1], [1, 1], [1, 1], 1]
+        check(centre, None, None, [2, shape[1], 5, 4], conv, iterations, device, 1e-5)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_start(device: str, per_sample: bool, dense: bool) -> None:
+    shape = [3, 40] if dense else [3, 5, 6, 7]
+    weight = torch.randn(30, 40, generator=generator(0)) if dense else torch.randn(4, 5, 3, 3, generator=generator(0))
+    rows, columns = masks("random", 3, [30] if dense else [4, 6, 7], shape[1:])
+    start = torch.randn(shape if per_sample else [1, *shape[1:]], generator=generator(3))
+    start[0] = 0  # such a start is none
+    conv = NO_CONV if dense else [[1, 1], [1, 1], [1, 1], 1]
+    check(weight, rows, columns, shape, conv, 2, device, 1e-5, start)
+
+
+# channels in and out, kernel, stride, padding, map: every residue of a stride, kernels smaller than it, borders
+CONVOLUTIONS = [
+    (1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (1, 33, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (3, 32, (3, 3), (1, 1), (1, 1), (9, 31)),
+    (31, 33, (3, 3), (1, 1), (0, 0), (5, 3)),
+    (33, 3, (4, 4), (2, 2), (1, 1), (7, 9)),
+    (8, 12, (4, 4), (2, 2), (1, 1), (8, 8)),
+    (5, 8, (2, 3), (3, 2), (2, 0), (11, 8)),
+    (4, 6, (1, 1), (2, 2), (0, 0), (6, 5)),
+    (4, 7, (2, 1), (3, 4), (1, 2), (9, 10)),
+    (2, 4, (5, 3), (1, 1), (4, 2), (3, 4)),
+    (1, 40, (3, 3), (1, 1), (1, 1), (17, 16)),
+    (1, 8, (3, 3), (1, 1), (1, 1), (23, 23)),
+]
+
+
+def convolve(device: str, layer: tuple[Any, ...], kind: str, iterations: int, tolerance: float = 1e-5) -> None:
+    channels, out, kernel, stride, padding, size = layer
+    weight = torch.randn(out, channels, *kernel, generator=generator(0))
+    conv = [list(stride), list(padding), [1, 1], 1]
+    batch = 1 if kind == "none" else 3
+    shape = [batch, channels, *size]
+    image = reference.affine(torch.zeros(shape), weight, None, *conv)
+    rows, columns = masks(kind, batch, list(image.shape[1:]), shape[1:])
+    check(weight, rows, columns, shape, conv, iterations, device, tolerance)
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("kind", ["none", "empty", "one bit", "random"])
+def test_convolution(device: str, layer: tuple[Any, ...], kind: str) -> None:
+    convolve(device, layer, kind, 3)
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS[3:8], ids=str)
+@pytest.mark.parametrize("limit", [18400, 26000, 40000])
+def test_convolution_in_clusters(device: str, layer: tuple[Any, ...], limit: int, shared_limit: Any) -> None:
+    """Little shared memory: two, four or eight blocks a sample, or the streaming path."""
+    shared_limit(limit)
+    convolve(device, layer, "random", 2)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 15, 16, 33])
+def test_convolution_iterations(device: str, iterations: int) -> None:
+    convolve(device, CONVOLUTIONS[5], "random", iterations)
+
+
+def test_convolution_in_tf32(device: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        convolve(device, CONVOLUTIONS[5], "random", 4, tolerance=2e-3)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_convolution_far_from_one(device: str, scale: float) -> None:
+    weight = torch.randn(6, 4, 3, 3, generator=generator(0)) * scale
+    conv = [[1, 1], [1, 1], [1, 1], 1]
+    rows, columns = masks("random", 2, [6, 5, 5], [4, 5, 5])
+    check(weight, rows, columns, [2, 4, 5, 5], conv, 3, device, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("iterations", [3, 20])
+def test_streaming_convolution(device: str, dtype: torch.dtype, iterations: int) -> None:
+    """Groups and dilation, and float64: what no resident kernel takes."""
+    weight = torch.randn(6, 2, 3, 3, generator=generator(0)).to(dtype)
+    conv = [[1, 2], [2, 1], [2, 1], 2]
+    rows, columns = masks("random", 2, [6, 7, 4], [4, 7, 7])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    check(weight, rows, columns, [2, 4, 7, 7], conv, iterations, device, tolerance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(5, 20), (20, 30), (6, 4, 3, 3)], ids=str)
+def test_what_is_no_number_shows(device: str, value: float, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=generator(0))
+    weight.view(-1)[7] = value
+    sizes = [2, shape[1]] if len(shape) == 2 else [2, 4, 5, 5]
+    conv = [[1, 1], [1, 1], [1, 1], 1] if len(shape) == 4 else NO_CONV
+    columns = torch.zeros(sizes, dtype=torch.bool, device=device)
+    columns[1] = True
+    sigma, _, _ = ops.masked_norm(weight.to(device), None, columns, None, sizes, *conv, 4)
+    assert sigma.isnan().all()
