@@ -6,6 +6,8 @@
     python -m bench --compare OLD.json NEW.json   ratios of two runs (of two commits, say) side by side
     python -m bench certificate --checkpoint RUN --data DATA_ROOT   what certificates cost by guarantee and by layer
 
+On a machine with an NVIDIA GPU, bench/gpu_check.sh builds, tests and times the CUDA part (`bench.gpu`).
+
 Ratios are between variants of one run, timed in turn, so they carry over between machines better than seconds do; a
 ratio is the median over the repeats of baseline time per sample by our time per sample.
 """

@@ -71,8 +71,8 @@ def ours(p: Problem, values: Tensor, squared: Tensor) -> list[Tensor]:
         kind, first, second = "clipped_relu", p.activation.threshold, None
     else:
         kind, first, second = "clipped_maxmin", p.activation.upper, p.activation.lower
-    out, half, _, _, slack = ops.activation_pattern(values, p.half, squared, p.radius, kind, first, second)
-    return [out, half, slack]
+    outputs = ops.activation_pattern(values, p.half, squared, p.radius, kind, first, second)
+    return [outputs[0], outputs[1], outputs[4]]  # values, half-width, sparsity terms
 
 
 @pytest.mark.parametrize(("case", "repeat", "variant"), interleaved(CASES))

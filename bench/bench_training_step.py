@@ -37,14 +37,16 @@ def batch_size(name: str) -> int:
     return 256 if DEVICE.type == "cuda" else networks.RECIPES[name].batch
 
 
-def quality(model: nn.Sequential, name: str, bounds: LocalBounds | PaperBounds) -> dict[str, float]:
-    """Closeness of all layer norms to the converged ones under the bounds' own masks, and the mean Lipschitz bound."""
+def quality(model: nn.Sequential, x: Tensor, bounds: LocalBounds | PaperBounds) -> dict[str, float]:
+    """Closeness of all layer norms to the converged ones under the bounds' own masks, and the mean Lipschitz bound.
+
+    x: what the bounds are of; the first samples are compared.
+    """
     operators = [m for m in list(model)[:-1] if isinstance(m, nn.Conv2d | nn.Linear)]
     # LocalBounds lists the masks of outputs; PaperBounds those of inputs, the network's own input (None) first.
     columns: list[Tensor | None]
     columns = list(bounds.column_masks[:-1]) if isinstance(bounds, PaperBounds) else [None, *bounds.column_masks[:-1]]
-    x, _ = networks.images(name, CHECKED, seed=10**6)
-    shapes, value = [], x.to(DEVICE)
+    shapes, value = [], x[:CHECKED]
     with torch.no_grad():
         for module in list(model)[:-1]:
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -81,13 +83,14 @@ def peak_bytes(name: str, variant: str) -> int:
 @pytest.mark.parametrize(("case", "repeat", "variant"), interleaved(CASES))
 def test_training_step(benchmark: Any, case: str, repeat: int, variant: str) -> None:
     model, optimizer = network(case)
-    call = step.step(model, optimizer, case, variant, batch_size(case))
+    x, y = step.batch_of(case, batch_size(case))
+    call = step.step(model, optimizer, networks.RECIPES[case], variant, x, y)
     facts: dict[str, float] = {}
     if repeat == 0:
         bounds = call()
         facts = {"peak_bytes": peak_bytes(case, variant)}
         if bounds is not None:
-            facts |= quality(model, case, bounds)
+            facts |= quality(model, x, bounds)
     measure(
         benchmark,
         call,

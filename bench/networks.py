@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from bench import paper_method
+from bench.support import DEVICE
 from locallip_cuda import models
 from locallip_cuda.nn import project_thresholds_
 
@@ -75,10 +76,10 @@ def images(name: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def _train(name: str, activation: str) -> nn.Sequential:
     torch.manual_seed(0)
     recipe = RECIPES[name]
-    model = models.build(name, activation)
+    model = models.build(name, activation).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for step in range(CLEAN_STEPS + ROBUST_STEPS):
-        x, y = images(name, BATCH, seed=step)
+        x, y = (t.to(DEVICE) for t in images(name, BATCH, seed=step))
         progress = max(step + 1 - CLEAN_STEPS, 0) / ROBUST_STEPS
         if progress == 0:
             loss = F.cross_entropy(model(x), y)
@@ -90,12 +91,12 @@ def _train(name: str, activation: str) -> nn.Sequential:
         loss.backward()
         optimizer.step()
         project_thresholds_(model)
-    return model
+    return model.cpu()
 
 
 @lru_cache
 def trained(name: str, activation: str = "clipped-relu") -> nn.Sequential:
-    """The trained network, float32 on the CPU; treat it as read-only. About a minute the first time."""
+    """The trained network, float32 on the CPU; treat it as read-only. The first time takes about a minute on a CPU."""
     CACHE.mkdir(exist_ok=True)
     path = CACHE / f"{name}-{activation}-{VERSION}.pt"
     if not path.exists():

@@ -17,6 +17,7 @@ import contextlib
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,48 +30,63 @@ from locallip_cuda import LocalBounds, local_bounds, losses
 VARIANTS = ("ours", "ours-fewer", "paper", "paper-lean", "plain")
 
 
-def adam(model: nn.Sequential) -> torch.optim.Optimizer:
+def adam(model: nn.Sequential, **options: Any) -> torch.optim.Optimizer:
     """Adam with learning rate zero: it does its arithmetic, and every round and variant meets the same weights."""
-    return torch.optim.Adam(model.parameters(), lr=0.0)
+    return torch.optim.Adam(model.parameters(), lr=0.0, **options)
+
+
+def batch_of(name: str, size: int) -> tuple[Tensor, Tensor]:
+    """The synthetic images and labels that the steps are timed on."""
+    x, y = networks.images(name, size, seed=10**6)
+    return x.to(DEVICE), y.to(DEVICE)
 
 
 def step(
-    model: nn.Sequential, optimizer: torch.optim.Optimizer, name: str, variant: str, batch: int
+    model: nn.Sequential,
+    optimizer: torch.optim.Optimizer,
+    recipe: networks.Recipe,
+    variant: str,
+    x: Tensor,
+    y: Tensor,
+    compiled: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None,
 ) -> Callable[[], LocalBounds | paper_method.PaperBounds | None]:
-    """A function that makes one training step on a fixed batch of synthetic images and returns its bounds, if any."""
-    recipe = networks.RECIPES[name]
-    x, y = (t.to(DEVICE) for t in networks.images(name, batch, seed=10**6))
+    """A function that makes one training step on the batch (x, y) and returns its bounds, if any.
+
+    compiled: torch.compile, or nothing; it gets the function that computes the loss, and then there are no bounds.
+    """
     start = paper_method.random_state(model, x) if variant.startswith("paper") else None
 
     def combine(clean: Tensor, robust: Tensor) -> Tensor:
         return robust if recipe.loss == "gloro" else 0.5 * clean + 0.5 * robust
 
-    def ours() -> LocalBounds:
+    def ours() -> tuple[Tensor, LocalBounds]:
         iterations = recipe.iterations if variant == "ours" else recipe.fewer_iterations
         bounds = local_bounds(model, x, recipe.eps, iterations=iterations)
         robust = losses.gloro(bounds, y) if recipe.loss == "gloro" else losses.robust_cross_entropy(bounds, y)
-        finish(combine(F.cross_entropy(bounds.logits, y), robust))
-        return bounds
+        return combine(F.cross_entropy(bounds.logits, y), robust), bounds
 
-    def paper() -> paper_method.PaperBounds:
+    def paper() -> tuple[Tensor, paper_method.PaperBounds]:
         published = variant == "paper"
         clean = F.cross_entropy(model(x), y) if published else None
         bounds = paper_method.paper_bounds(model, x, recipe.eps, recipe.iterations, start)
         loss = paper_method.gloro if recipe.loss == "gloro" else paper_method.robust_cross_entropy
         robust = loss(bounds, y, recipe.rounds, all_pairs=published)
-        finish(combine(F.cross_entropy(bounds.logits, y) if clean is None else clean, robust))
-        return bounds
+        return combine(F.cross_entropy(bounds.logits, y) if clean is None else clean, robust), bounds
 
-    def plain() -> None:
-        finish(F.cross_entropy(model(x), y))
+    def plain() -> tuple[Tensor, None]:
+        return F.cross_entropy(model(x), y), None
 
-    def finish(loss: Tensor) -> None:
+    both = {"ours": ours, "ours-fewer": ours, "paper": paper, "paper-lean": paper, "plain": plain}[variant]
+    loss_alone = compiled(lambda: both()[0]) if compiled else None
+
+    def one() -> LocalBounds | paper_method.PaperBounds | None:
+        loss, bounds = (loss_alone(), None) if loss_alone else both()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return bounds
 
-    steps = {"ours": ours, "ours-fewer": ours, "paper": paper, "paper-lean": paper, "plain": plain}
-    return steps[variant]
+    return one
 
 
 def _resident(key: str) -> int:
@@ -89,8 +105,9 @@ def peak_memory(name: str, variant: str, batch: int) -> int:
     """
     model = networks.trained(name).to(DEVICE)
     optimizer = adam(model)
-    step(model, optimizer, name, variant, 2)()
-    measured = step(model, optimizer, name, variant, batch)
+    recipe = networks.RECIPES[name]
+    step(model, optimizer, recipe, variant, *batch_of(name, 2))()
+    measured = step(model, optimizer, recipe, variant, *batch_of(name, batch))
     optimizer.zero_grad()
     gc.collect()
     if DEVICE.type == "cuda":

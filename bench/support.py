@@ -98,7 +98,9 @@ def converged_norms(
         images.append(image)
         back = masked(back, columns)
         rights.append(unit(against(back, rights), 1e-10 * back.flatten(1).norm(dim=1)))
-    return torch.linalg.matrix_norm(torch.stack([i.flatten(1) for i in images], 2), 2)
+    # The square root of a Gram matrix's largest eigenvalue is as exact as the largest singular value, and far cheaper.
+    stack = torch.stack([i.flatten(1) for i in images], 2)
+    return torch.linalg.eigvalsh(stack.mT @ stack)[:, -1].clamp(min=0).sqrt()
 
 
 def closeness(estimate: Tensor, converged: Tensor) -> dict[str, float]:
