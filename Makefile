@@ -1,5 +1,5 @@
 # make demo    train and certify a network on handwritten digits, about a minute on two cores
-# make test    all tests
+# make test    all tests, and the CUDA kernels emulated on the host under sanitizers
 # make lint    ruff, mypy, clang-format
 # make bench   benchmarks beside their baselines
 #
@@ -23,6 +23,7 @@ demo: $(VENV)/installed-plot
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.emulation
 
 lint: ruff mypy clang-format
 
@@ -33,7 +34,7 @@ mypy: $(VENV)/installed-test
 	$(BIN)/python -m mypy
 
 clang-format: $(VENV)/installed-test
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m bench

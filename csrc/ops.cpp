@@ -21,15 +21,16 @@
 
 #if defined(LOCALLIP_EMULATED_CUDA)  // the tests' build: the CUDA kernels, compiled for the host, in place of the CPU's
 #define LOCALLIP_GUARD(tensor)
-#define LOCALLIP_RUN(tensor, function, ...) cuda::function(__VA_ARGS__, nullptr)
+#define LOCALLIP_CURRENT_STREAM nullptr
+#define LOCALLIP_RUN(tensor, function, ...) cuda::function(__VA_ARGS__, LOCALLIP_CURRENT_STREAM)
 #define LOCALLIP_HOST_RUN(tensor, function, ...) cuda::function(__VA_ARGS__)
 #elif defined(LOCALLIP_CUDA)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #define LOCALLIP_GUARD(tensor) const c10::cuda::OptionalCUDAGuard device_guard(at::device_of(tensor))
-#define LOCALLIP_RUN(tensor, function, ...)                                                     \
-  ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, c10::cuda::getCurrentCUDAStream().stream()) \
-                      : cpu::function(__VA_ARGS__))
+#define LOCALLIP_CURRENT_STREAM c10::cuda::getCurrentCUDAStream().stream()
+#define LOCALLIP_RUN(tensor, function, ...) \
+  ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, LOCALLIP_CURRENT_STREAM) : cpu::function(__VA_ARGS__))
 #define LOCALLIP_HOST_RUN(tensor, function, ...) \
   ((tensor).is_cuda() ? cuda::function(__VA_ARGS__) : cpu::function(__VA_ARGS__))
 #else
@@ -115,6 +116,21 @@ struct Operator {
                                                                 false, {0, 0}, groups, {of_input, of_weight, false});
     return {of_input ? laid_out(input) : Tensor(),
             of_weight ? kernel.contiguous(weight.suggest_memory_format()) : Tensor()};
+  }
+
+  // W x and W^T y into `out`, whose memory a dense product takes again; `like` is any input.
+  void apply_into(Tensor& out, const Tensor& x) const {
+    if (weight.dim() == 2)
+      at::mm_out(out, x, weight.t());
+    else
+      out = apply(x);
+  }
+
+  void adjoint_into(Tensor& out, const Tensor& y, const Tensor& like) const {
+    if (weight.dim() == 2)
+      at::mm_out(out, y, weight);
+    else
+      out = std::get<0>(gradients(y, like, true, false));
   }
 
   // How many samples of `length` units the norm solver best takes together: all on a GPU, and for a dense weight, which
@@ -289,15 +305,15 @@ void stream_masked_norm(MaskedNorm& in) {
       const uint8_t* col_bytes = in.col_mask ? bytes(in.col_mask) + first * columns : nullptr;
       const scalar_t* from = in.start ? pointer<scalar_t>(in.start) + (in.own_start() ? first * columns : 0) : nullptr;
       LOCALLIP_RUN(op.weight, start_basis, q, from, in.own_start(), col_bytes, samples, columns);
+      Tensor image = at::empty({0}, in.options()), back = at::empty({0}, in.options());
       int count = 0;
       for (int64_t step = 0;; ++step) {
-        Tensor image = op.apply(right_basis.at_slot(count, samples));
+        op.apply_into(image, right_basis.at_slot(count, samples));
         LOCALLIP_RUN(op.weight, extend_basis, p, image.mutable_data_ptr<scalar_t>(), row_bytes, count, samples, rows,
                      Breakdown::kDrop, restarts, 0u, small);
         ++count;
         if (step == iterations) break;
-        Tensor back = std::get<0>(
-            op.gradients(left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples), true, false));
+        op.adjoint_into(back, left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples));
         LOCALLIP_RUN(op.weight, extend_basis, q, back.mutable_data_ptr<scalar_t>(), col_bytes, count, samples, columns,
                      Breakdown::kReplace, restarts, static_cast<uint32_t>(step + 1), static_cast<double*>(nullptr));
         if (count < kWindow) continue;
@@ -350,7 +366,7 @@ bool resident_masked_norm(MaskedNorm& in) {
                                               in.sigma.mutable_data_ptr<scalar_t>(),
                                               in.right.mutable_data_ptr<scalar_t>(),
                                               in.left.mutable_data_ptr<scalar_t>()};
-      LOCALLIP_RUN(weight, masked_norm_dense, problem);
+      cuda::masked_norm_dense(problem, LOCALLIP_CURRENT_STREAM);
     });
     return fits;
   }
@@ -379,7 +395,7 @@ bool resident_masked_norm(MaskedNorm& in) {
                                       in.right.mutable_data_ptr<float>(),
                                       in.left.mutable_data_ptr<float>(),
                                       exponent.mutable_data_ptr<int>()};
-  LOCALLIP_RUN(weight, masked_norm_convolution, problem, weight.const_data_ptr<float>(), !tf32_is_wanted());
+  cuda::masked_norm_convolution(problem, weight.const_data_ptr<float>(), !tf32_is_wanted(), LOCALLIP_CURRENT_STREAM);
   return true;
 }
 #else

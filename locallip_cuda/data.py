@@ -73,7 +73,7 @@ class Dataset:
 
     def batch(self, index: Tensor, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
         """Those of `index` (int64, (B,)) on `device`: x float32 in [0, 1], (B, C, H, W), and y int64, (B,)."""
-        index = index.to(self.images.device)
+        index = _send(index, self.images.device)
         x, y = _send(self.images[index], device), _send(self.labels[index], device)
         return x.to(torch.float32).div_(255), y
 

@@ -86,7 +86,8 @@ def masked_norm(
         iterations = max(iterations, weight.shape[0] - 1)
 
     def length(x: Tensor) -> Tensor:
-        return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+        norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+        return norms.view(-1, *[1] * (x.dim() - 1))
 
     def unit(x: Tensor, noise: Tensor | float = 0) -> Tensor:
         return torch.where(length(x) > noise, x / length(x), 0)

@@ -30,8 +30,8 @@ from .bounds import LocalBounds, local_bounds
 from .build_info import build_info
 from .checkpoint import CheckpointError
 from .distributed import Workers
-from .nn import project_thresholds_
 from .presets import Recipe
+from .training_step import TrainingStep, adam
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -96,7 +96,8 @@ def set_precision(precision: str, device: torch.device) -> None:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The context in which a network and its bounds are computed with ``precision``."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    # Without the cache of cast weights, which a CUDA graph must not find filled.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
 
 
 def certified_loss(kind: str, bounds: LocalBounds, y: Tensor) -> Tensor:
@@ -110,8 +111,8 @@ class Objective(nn.Module):
 
     loss = kappa * CE(clean) + (1 - kappa) * (certified loss + sparse * sparsity loss). That the bounds are computed in
     here, on the wrapped parameters, is what lets DistributedDataParallel see them. At kappa = 1 only the clean logits
-    are needed, and no bound is computed. The statistics are sums over the batch, in the order of ``_STATISTICS``,
-    float64 on x's device.
+    are needed, and no bound is computed; a kappa that is a tensor, float64, is taken to be below 1 without a look at
+    it. The statistics are sums over the batch, in the order of ``_STATISTICS``, float64 on x's device.
     """
 
     def __init__(self, model: nn.Sequential, recipe: Recipe, precision: str = "fp32") -> None:
@@ -120,11 +121,15 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.precision = precision
 
-    def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor, eps: float | Tensor, kappa: float | Tensor) -> tuple[Tensor, Tensor]:
         recipe, count = self.recipe, x.shape[0]
-        zero = torch.zeros((), dtype=torch.float64, device=x.device)
-        robust = sparsity = certified = lipschitz = zero
-        bounded = kappa < 1
+
+        def number(value: float) -> Tensor:  # filled in on the device: a copy from the host would wait for it
+            return torch.full((), value, dtype=torch.float64, device=x.device)
+
+        bounded = isinstance(kappa, Tensor) or kappa < 1
+        clean_weight = kappa if isinstance(kappa, Tensor) else number(kappa)
+        robust = sparsity = certified = lipschitz = zero = number(0)
         with autocast(self.precision, x.device):
             if bounded:
                 bounds = local_bounds(self.model, x, eps, radius=recipe.radius, iterations=recipe.iterations)
@@ -132,20 +137,21 @@ class Objective(nn.Module):
             else:
                 logits = self.model(x)
         clean = F.cross_entropy(logits.float(), y)
-        loss = kappa * clean
+        loss = clean_weight.to(clean) * clean
         if bounded:
+            robust_weight = 1 - clean_weight
             robust = certified_loss(recipe.loss, bounds, y)
-            loss = loss + (1 - kappa) * robust
+            loss = loss + robust_weight.to(robust) * robust
             if recipe.sparse:
                 sparsity = losses.sparsity(bounds, recipe.threshold_weight)
-                loss = loss + (1 - kappa) * recipe.sparse * sparsity
+                loss = loss + (robust_weight * recipe.sparse).to(sparsity) * sparsity
             with torch.no_grad():
                 certified = (bounds.margin(y) > 0).sum()
                 lipschitz = bounds.lipschitz.sum()
         correct = (logits.detach().argmax(1) == y).sum()
-        means = (loss * count, clean * count, correct, count * bounded, robust * count, sparsity * count)
-        sums = (count, *means, certified, lipschitz)
-        statistics = torch.stack([torch.as_tensor(s, device=x.device).detach().double() for s in sums])
+        samples = number(count)
+        means = (loss * count, clean * count, correct, samples if bounded else zero, robust * count, sparsity * count)
+        statistics = torch.stack([s.detach().double() for s in (samples, *means, certified, lipschitz)])
         return loss, statistics
 
 
@@ -258,7 +264,9 @@ class Trainer:
 
         self.model = build_model(recipe).to(settings.device)
         torch.manual_seed(recipe.seed + self.workers.rank)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
+        # Under several processes the exchange of gradients stays out of graphs.
+        self.capture = settings.device.type == "cuda" and self.workers.count == 1
+        self.optimiser = adam(self.model.parameters(), recipe.learning_rate, capture=self.capture)
         self.epoch = self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -345,8 +353,9 @@ class Trainer:
     def run(self) -> Evaluation | None:
         """Train to the end, with a checkpoint after every epoch. Returns the last look at the test set.
 
-        Interrupted after SIGINT or SIGTERM, once the checkpoint is written; TrainingError when the loss is no number;
-        OSError when a checkpoint cannot be written. The previous checkpoint is whole in every case.
+        Interrupted after SIGINT or SIGTERM, once the checkpoint is written; TrainingError, and no checkpoint, when the
+        loss or a weight is no number; OSError when a checkpoint cannot be written. The previous checkpoint is whole in
+        every case.
         """
         evaluation: Evaluation | None = None
         objective: nn.Module = Objective(self.model, self.recipe, self.settings.precision)
@@ -355,6 +364,7 @@ class Trainer:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             device_ids = [self.settings.device] if self.settings.device.type == "cuda" else None
             objective = DistributedDataParallel(objective, device_ids=device_ids)
+        update = TrainingStep(objective, self.optimiser, capture=self.capture)
         self.settings.out.mkdir(parents=True, exist_ok=True)
         with (
             _Signals(self.workers.started_by_torchrun) as signals,
@@ -368,12 +378,8 @@ class Trainer:
             ) as bar,
         ):
             while self.epoch < self.recipe.epochs:
-                speed = self._train_epoch(objective, signals, bar)
-                means = _means(self.workers.sum(self.totals).tolist())
-                if not math.isfinite(means["loss"]):
-                    raise TrainingError(
-                        f"the loss of epoch {self.epoch + 1} is {means['loss']}; try a lower learning rate"
-                    )
+                speed = self._train_epoch(update, signals, bar)
+                means = self._finite_means()
                 evaluation = self._look(signals)
                 self._finish_epoch(means, evaluation, speed, board, terminal=not bar.disable)
                 self.save()
@@ -382,7 +388,17 @@ class Trainer:
     def _stopped(self, signals: _Signals) -> bool:
         return self.workers.any(bool(signals.number))
 
+    def _finite_means(self) -> dict[str, float]:
+        """The epoch's means so far. TrainingError when the loss or a weight is no number: nothing to be saved."""
+        means = _means(self.workers.sum(self.totals).tolist())
+        if not math.isfinite(means["loss"]):
+            raise TrainingError(f"the loss of epoch {self.epoch + 1} is {means['loss']}; try a lower learning rate")
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
+            raise TrainingError(f"weights are no numbers in epoch {self.epoch + 1}; try a lower learning rate")
+        return means
+
     def _interrupt(self, signals: _Signals) -> NoReturn:
+        self._finite_means()
         self.save()
         raise Interrupted(signals.number or signal.SIGTERM, self.path)
 
@@ -398,13 +414,13 @@ class Trainer:
             self._interrupt(signals)
         return found
 
-    def _train_epoch(self, objective: nn.Module, signals: _Signals, bar: tqdm[Any]) -> float:
+    def _train_epoch(self, update: TrainingStep, signals: _Signals, bar: tqdm[Any]) -> float:
         """The rest of the current epoch; returns the samples per second."""
         recipe, device = self.recipe, self.settings.device
         first, before, started, shown = self.step, self.seconds, time.perf_counter(), 0.0
         bar.set_description(f"epoch {self.epoch + 1}/{recipe.epochs}")
         for x, y in self.batches.epoch(self.epoch, first):
-            self._train_step(objective, x, y)
+            self._train_step(update, x, y)
             self.step += 1
             self.seconds = before + time.perf_counter() - started
             bar.update()
@@ -420,16 +436,9 @@ class Trainer:
         self.seconds = before + time.perf_counter() - started
         return (self.step - first) * recipe.batch_size / max(self.seconds - before, 1e-9)
 
-    def _train_step(self, objective: nn.Module, x: Tensor, y: Tensor) -> None:
-        now = self.epoch + self.step / self.steps
-        for settings in self.optimiser.param_groups:
-            settings["lr"] = self.recipe.learning_rate_at(now)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss, statistics = objective(x, y, self.recipe.radius_at(now), self.recipe.kappa(now))
-        loss.backward()
-        self.optimiser.step()
-        project_thresholds_(self.model)
-        self.totals += statistics
+    def _train_step(self, update: TrainingStep, x: Tensor, y: Tensor) -> None:
+        now, recipe = self.epoch + self.step / self.steps, self.recipe
+        self.totals += update(x, y, recipe.radius_at(now), recipe.kappa(now), recipe.learning_rate_at(now))
 
     def _finish_epoch(
         self, means: dict[str, float], evaluation: Evaluation | None, speed: float, board: Any, terminal: bool

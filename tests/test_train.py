@@ -133,6 +133,10 @@ def test_objective_is_the_formula(kind: str, function: Callable[..., torch.Tenso
         assert sums["correct"] == (objective.model(x).argmax(1) == y).sum()
         assert sums["certified_estimate"] == (0 if kappa == 1 else (bounds.margin(y) > 0).sum())
         assert sums["loss"] == pytest.approx(32 * loss.item(), rel=1e-5)
+        if kappa < 1:  # the same, bitwise, from tensors
+            eps, weight = (torch.tensor(number, dtype=torch.float64) for number in (0.3, kappa))
+            again = objective(x, y, eps, weight)
+            assert torch.equal(again[0], loss) and torch.equal(again[1], statistics)
 
 
 def test_bfloat16_bounds_are_near_float32_ones() -> None:
@@ -310,6 +314,29 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(train.Objective, "forward", poisoned)
     with pytest.raises(train.TrainingError, match="the loss of epoch 1 is nan"):
         _run(tmp_path, overwrite=True)
+    assert (tmp_path / train.CHECKPOINT_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("poison", ["loss", "weights"])
+def test_what_is_no_number_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str) -> None:
+    """Neither by a signal in the middle of an epoch nor when only its last step spoils the weights."""
+    numbers = dataclasses.replace(SHORT, epochs=1)
+    _run(tmp_path, numbers)
+    before = (tmp_path / train.CHECKPOINT_NAME).read_bytes()
+    original = train.Trainer._train_step
+
+    def spoil(self: train.Trainer, *inputs: Any) -> None:
+        original(self, *inputs)
+        if poison == "loss" and self.step == 2:
+            self.totals *= math.nan
+            os.kill(os.getpid(), signal.SIGINT)
+        if poison == "weights" and self.step == 4:
+            self.model[0].weight.data[0] = math.inf
+
+    monkeypatch.setattr(train.Trainer, "_train_step", spoil)
+    message = {"loss": "the loss of epoch 1 is nan", "weights": "weights are no numbers in epoch 1"}[poison]
+    with pytest.raises(train.TrainingError, match=message):
+        _run(tmp_path, numbers, overwrite=True)
     assert (tmp_path / train.CHECKPOINT_NAME).read_bytes() == before
 
 

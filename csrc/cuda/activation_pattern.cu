@@ -171,7 +171,7 @@ __device__ T store_grads(const ActivationInput<T>& in, const ActivationInputGrad
 }
 
 template <Activation kActivation, bool kBox, int kUnits, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ ActivationInput<T> in, const __grid_constant__ ActivationOutputGrad<T> grad,
                     const __grid_constant__ ActivationInputGrad<T> out, int64_t chunks, int64_t slices) {
   constexpr bool kPaired = is_paired(kActivation), kClipped = kActivation == Activation::kClippedMaxMin;

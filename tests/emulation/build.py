@@ -87,6 +87,16 @@ def build(folder: Path, changed: dict[str, str] | None = None) -> Path:
     return module
 
 
+def build_program(source: Path, target: Path) -> None:
+    """One .cu file with a main of its own."""
+    kernel = ["-x", "c++", str(source), "-x", "none"]
+    emulation = target.with_suffix(".o")
+    flags = ["-std=c++20", "-w", f"-I{HERE}"]
+    subprocess.run([CXX, *flags, "-O2", "-c", str(HERE / "emulation.cpp"), "-o", str(emulation)], check=True)
+    command = [CXX, *flags, "-O1", "-g1", *SANITIZERS, *kernel, str(emulation), "-lboost_context", "-o", str(target)]
+    subprocess.run(command, check=True)
+
+
 def environment(module: Path) -> dict[str, str]:
     """The variables under which a Python process takes `module` for the extension, with the sanitizer in place."""
 
