@@ -22,6 +22,7 @@ FAULTS = {
     "shuffle that not all lanes reach": "waits for",
     "missing cluster barrier": "wrong in",
     "copy between unaligned addresses": "unaligned",
+    "store to a block that has not begun": "has not begun",
 }
 
 

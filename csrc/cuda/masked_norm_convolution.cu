@@ -628,7 +628,7 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
     for (int i = threadIdx.x; i < shared.vectors[side].frame.floats(); i += kThreads) data[i] = 0;
   }
   if (ranks > 1)
-    cluster_barrier();  // the neighbours have zeroed what will be written to
+    cluster_barrier();  // the other blocks have begun, and zeroed what will be written to
   else
     __syncthreads();
 
@@ -662,6 +662,13 @@ int pieces_of(const Geometry& g) {
 }  // namespace
 
 bool convolution_fits(const ConvolutionGeometry& g, int64_t batch) {
+  // far beyond any cluster, and below what the products of sizes here can hold
+  constexpr int64_t kTooMany = 1 << 24;
+  const int64_t padded = (int64_t{g.in_height} + 2 * g.pad_height) * (int64_t{g.in_width} + 2 * g.pad_width),
+                taps = int64_t{g.kernel_height} * g.kernel_width;
+  if (padded * g.in_channels > kTooMany || padded * g.out_channels > kTooMany ||
+      taps * g.in_channels * g.out_channels > kTooMany)
+    return false;
   return g.stride_height <= kMaxStride && g.stride_width <= kMaxStride && cluster_for(g, batch) > 0;
 }
 

@@ -57,6 +57,7 @@ struct Block {
   Cluster* cluster;
   uint3 index;
   unsigned rank, alive;
+  bool begun = false;
   std::unique_ptr<void, decltype(&std::free)> shared{nullptr, &std::free};
   size_t shared_bytes;
   Barrier barrier;
@@ -174,6 +175,7 @@ void run_cluster(dim3 grid, dim3 block, unsigned size, unsigned first, size_t sh
       b.warps[t / kWarp].alive |= 1u << (t % kWarp);
       thread.fiber = boost::context::fiber(std::allocator_arg, stacks, [&thread, &body](boost::context::fiber&& back) {
         thread.back = std::move(back);
+        thread.block->begun = true;
         body();
         return std::move(thread.back);
       });
@@ -227,6 +229,7 @@ void* at_rank(void* here, unsigned rank) {
   const auto offset = static_cast<char*>(here) - static_cast<char*>(own.shared.get());
   if (offset < 0 || static_cast<size_t>(offset) >= own.shared_bytes) fail("no address of shared memory");
   if (rank >= own.cluster->blocks.size()) fail("no such rank in the cluster");
+  if (!own.cluster->blocks[rank].begun) fail("the shared memory of a block that has not begun");
   return static_cast<char*>(own.cluster->blocks[rank].shared.get()) + offset;
 }
 

@@ -22,7 +22,8 @@ enum Fault {
   kBarrierNotReached,
   kLaneNotReached,
   kMissingClusterBarrier,
-  kMisaligned
+  kMisaligned,
+  kMissingFirstBarrier
 };
 
 // out[block] = the sum of the 96 values that `mask` keeps, over both blocks of a cluster.
@@ -30,6 +31,7 @@ __global__ void sum_kernel(const float* values, const unsigned char* mask, float
   auto* shared = dynamic_shared<float>();  // [kThreads] values, [kThreads / 4] per four, [2] per block
   float *sums = shared + kThreads, *of_blocks = sums + kThreads / 4;
   const int i = static_cast<int>(threadIdx.x);
+  if (fault != kMissingFirstBarrier) cluster_barrier();
   const float* from = values + static_cast<int>(blockIdx.x) * kThreads;
   if (i % 4 == 0) {
     copy_async(shared + i + (fault == kMisaligned && i == 0), from + i);
