@@ -209,8 +209,8 @@ std::tuple<Tensor, Tensor, Tensor> affine_backward(const Tensor& grad_in, const 
 
 // ---- masked norm ---------------------------------------------------------------------------------------------------------
 
-// Norms are float32 or float64 arithmetic, TF32 allowed or not: it would put them off by a thousandth, and above the
-// true one.
+// What torch's libraries compute of norms is float32 or float64 arithmetic, TF32 allowed or not: it would put them off
+// by a thousandth, and above the true one. (The convolution kernel on chip, which serves training, rounds as allowed.)
 struct FullPrecision : NoAutocast {
   const at::NoTF32Guard no_tf32;
 };

@@ -208,6 +208,9 @@ def masked_norm(
     The value is the largest singular value of the masked operator on a Krylov space of A^T A with ``iterations + 1``
     dimensions (Golub-Kahan-Lanczos with full orthogonalisation, restarted past 16 dimensions), so it is never above the
     true norm but for rounding. It is an estimate for training, not a certificate: that is :func:`masked_norm_bound`.
+    Kernels that stay on a GPU's chip (at most 15 iterations) orthogonalise against the last vector alone: the same but
+    for rounding, which for a float32 convolution is TF32's, about 1e-3, where
+    ``torch.backends.cuda.matmul.allow_tf32`` is set.
 
     Args:
         weight: (m, n), or (Cout, Cin/groups, kH, kW) for a zero-padded convolution; float32 or float64.
