@@ -15,14 +15,18 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 COMPILED = setup.py pyproject.toml $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint ruff mypy clang-format bench FORCE
+.PHONY: demo test pytest emulated lint ruff mypy clang-format bench FORCE
 
 demo: $(VENV)/installed-plot
 	$(BIN)/locallip train digits --out runs/digits --overwrite
 	$(BIN)/locallip certify runs/digits
 
-test: $(VENV)/installed-test
+test: pytest emulated
+
+pytest: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+emulated: $(VENV)/installed-test
 	$(BIN)/python -m tests.emulation
 
 lint: ruff mypy clang-format

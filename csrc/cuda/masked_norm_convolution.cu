@@ -323,15 +323,23 @@ struct Convolution {
     return total;
   }
 
-  // Writes one value of the band, here and in the frames of the other blocks that have its row.
-  __device__ void store(const Vector& vector, int row, int col, int channel, float value) {
-    float* here = vector.data + vector.frame.at(row, col) + channel;
-    *here = value;
+  // The other blocks whose frames have a row of this one's band, as bits.
+  __device__ unsigned readers_of(const Vector& vector, int row) const {
+    unsigned readers = 0;
     for (int r = 0; r < ranks; ++r) {
       const Range rows = vector.rows_of_rank[r];
-      if (r == rank || row < rows.begin || row >= rows.end) continue;
-      store_at_rank(here + (vector.frame.rows.begin - rows.begin) * vector.frame.cols.size() * vector.frame.pitch, r,
-                    value);
+      if (r != rank && row >= rows.begin && row < rows.end) readers |= 1u << r;
+    }
+    return readers;
+  }
+
+  // Writes one value of the band, here and in the readers' frames.
+  __device__ void store(const Vector& vector, float* here, unsigned readers, float value) {
+    *here = value;
+    for (; readers; readers &= readers - 1) {
+      const int r = __ffs(static_cast<int>(readers)) - 1;
+      const int rows = vector.frame.rows.begin - vector.rows_of_rank[r].begin;
+      store_at_rank(here + rows * vector.frame.cols.size() * vector.frame.pitch, r, value);
     }
   }
 
@@ -457,6 +465,8 @@ struct Convolution {
         const int row = now.target_row + pixel / now.width * now.row_step,
                   col = now.target_col + pixel % now.width * now.col_step;
         const int unit = (row * target.width + col) * target.channels;
+        const unsigned readers = readers_of(target, row);
+        float* here = target.data + target.frame.at(row, col);
         const uint32_t keep =
             target.mask[((row - target.own.begin) * target.width + col) * target.words() + channel0 / 32];
 #pragma unroll
@@ -468,10 +478,10 @@ struct Convolution {
             float value = 0;
             if (keep >> (channel % 32) & 1) {
               value = acc[m][n][half * 2 + e] * factor;
-              if (old_factor != 0) value -= old_factor * target.data[target.frame.at(row, col) + channel];
+              if (old_factor != 0) value -= old_factor * here[channel];
             }
             square += static_cast<double>(value) * static_cast<double>(value);
-            store(target, row, col, channel, value);
+            store(target, here + channel, readers, value);
             if (slot) slot[unit + channel] = value;
           }
       }
@@ -510,7 +520,7 @@ struct Convolution {
         if (given > 0) value += static_cast<float>(start[unit] * of_given);
       }
       square += static_cast<double>(value) * static_cast<double>(value);
-      store(right, row, col, channel, value);
+      store(right, right.data + right.frame.at(row, col) + channel, readers_of(right, row), value);
       if (slot) slot[unit] = value;
     });
     const double length = sqrt(cluster_sum(square));

@@ -148,6 +148,7 @@ inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
 inline bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 // ---- the runtime -------------------------------------------------------------------------------------------------------
 
