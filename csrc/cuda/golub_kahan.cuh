@@ -15,8 +15,8 @@ namespace locallip::cuda {
 // `Operator` holds A, q and p of one sample and is called by all threads that share them, with the same results in all:
 //   double start()                  q = the unit start vector; returns 0 where no column survives
 //   double apply(int number, double coefficient)
-//                                   number 2 j:     p = unit(A q - coefficient p)    p_j out of q_j (and p_{j-1}, j >
-//                                   0) number 2 j + 1: q = unit(A^T p - coefficient q)  q_{j+1} out of p_j and q_j
+//                                   number 2 j:     p = unit(A q - coefficient p), p_j of q_j (and p_{j-1} from j = 1)
+//                                   number 2 j + 1: q = unit(A^T p - coefficient q), q_{j+1} of p_j and q_j
 //                                   returns the length before it was made one
 //   void finish(const SmallSvd&, int count)   the singular value and vectors, from `count` of each kind
 // `noise` is the relative length below which a vector is rounding: the Krylov space is exhausted, the value exact.

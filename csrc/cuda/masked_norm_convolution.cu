@@ -5,22 +5,20 @@
 // target channels, for the convolution and for its adjoint; with a stride s the adjoint is s x s such products, one for
 // each residue of the target pixels.
 //
-//   registers  accumulators of a warp's tile, 64 pixels x 32 channels (64 a thread): per 8 taps-and-channels 16 loads
-//   for
-//              pixels and 8 for weights feed 16 tensor instructions, which is what shared memory can deliver beside
+//   registers  the accumulators of a warp's tile, 64 pixels x 32 channels (64 a thread): per 8 taps-and-channels, 16
+//              loads for pixels and 8 for weights feed 16 tensor instructions, what shared memory can deliver beside
 //              them. 16 pixels where the map is too small to give every warp a tile.
-//   shared     q and p in frames with their zero borders and the rows the neighbours own; masks as bits; a ring of
-//   three
-//              pieces of the weights.
-//   global     the weights, rearranged once a call (they are in L2), streamed through the ring by asynchronous copies;
-//              q_j and p_j are written as they come, but for the last ones, and read once at the end, for the singular
-//              vectors.
+//   shared     q and p, in frames with their zero borders and the neighbours' rows that are read; the masks as bits;
+//              a ring of three pieces of the weights.
+//   global     the weights, rearranged once a call (they are in L2), streamed through the ring by asynchronous
+//              copies; q_j and p_j are written as they come, but for the last ones, and read once at the end, for the
+//              singular vectors.
 //
 // A block writes the rows at its band's edge to its neighbours' frames as well, through distributed shared memory; the
 // cluster's barrier within each vector's norm makes them visible. The vectors stay unnormalised where they lie: a
 // factor is carried beside them.
 //
-// 32x32x32 maps, 3 x 3: 18.9 MFLOP an application and 0.5 MB of vectors; 4 iterations (9 applications) of 256 samples
+// 32x32x32 maps, 3 x 3: 18.9 MFLOP an application and 256 KiB of vectors; 4 iterations (9 applications) of 256 samples
 // are 43 GFLOP. Products in tf32 take one tensor instruction; in float32 three, of the upper and lower parts of the
 // operands, which leaves errors near 2^-21. Device memory: 8 vectors of 128 KiB a sample written and read.
 #include <limits.h>

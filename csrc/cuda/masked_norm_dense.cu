@@ -2,15 +2,14 @@
 // memory, and runs every iteration there. With at most kWindow rows (a last layer's classes) there is nothing to
 // iterate: the Gram matrix of the masked rows has the squared singular values.
 //
-//   shared  the survivors' indices, q and p over the survivors alone, the gathered matrix. Half of what a
-//   multiprocessor
-//           has, so that two samples share one and fill each other's waits.
-//   global  the weight, in L2: a sample whose survivors do not fit (beyond density 0.3 at 512 x 512) reads its rows
-//   there
-//           in every application, still skipping the others.
+//   registers  one sum a thread
+//   shared     the survivors' indices, q and p over the survivors alone, the gathered matrix. Half of what a
+//              multiprocessor has, so that two samples share one and fill each other's waits.
+//   global     the weight, in L2: a sample whose survivors do not fit (beyond density 0.3 at 512 x 512) reads its rows
+//              there in every application, still skipping the others; the vectors q_j and p_j, written as they come.
 //
-// 512 x 512, density 0.1: 51 x 51 survivors, 10 KiB, 10 kFLOP an application. Gathering reads 51 rows of 512 in sectors
-// of 32 bytes, at most 84 KiB from L2, against 1 MiB of products with masks by a batched matrix product.
+// 512 x 512, density 0.1: 51 x 51 survivors, 10 KiB, 5 kFLOP an application. Gathering reads 51 rows of 512 in sectors
+// of 32 bytes, at most 84 KiB of L2 a sample; a batched product with masks does 524 kFLOP a sample and application.
 #include "../masked_norm.h"
 #include "golub_kahan.cuh"
 #include "launch.cuh"
