@@ -24,7 +24,7 @@ demo: $(VENV)/installed-plot
 test: pytest emulated
 
 pytest: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile
 
 emulated: $(VENV)/installed-test
 	$(BIN)/python -m tests.emulation
