@@ -25,9 +25,9 @@
 #define LOCALLIP_RUN(tensor, function, ...) cuda::function(__VA_ARGS__, LOCALLIP_CURRENT_STREAM)
 #define LOCALLIP_HOST_RUN(tensor, function, ...) cuda::function(__VA_ARGS__)
 #elif defined(LOCALLIP_CUDA)
-#include <c10/cuda/CUDAGuard.h>
+#include <ATen/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#define LOCALLIP_GUARD(tensor) const c10::cuda::OptionalCUDAGuard device_guard(at::device_of(tensor))
+#define LOCALLIP_GUARD(tensor) const c10::OptionalDeviceGuard device_guard(at::device_of(tensor))
 #define LOCALLIP_CURRENT_STREAM c10::cuda::getCurrentCUDAStream().stream()
 #define LOCALLIP_RUN(tensor, function, ...) \
   ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, LOCALLIP_CURRENT_STREAM) : cpu::function(__VA_ARGS__))
