@@ -23,6 +23,7 @@ demo: $(VENV)/installed-plot
 
 test: pytest emulated
 
+# at most four processes: each holds a torch, and some compile
 pytest: $(VENV)/installed-test
 	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build, test, sanitize and time the CUDA part on this machine's GPU, in under eight minutes:
+# Build, test, sanitize and time the CUDA part on this machine's GPU; the stages' limits add up to eight minutes:
 #
 #     bench/gpu_check.sh OUT
 #

@@ -1,6 +1,7 @@
 // Op schemas, dispatch and the pybind11 module: the only file that knows torch's registration. Tensors are checked and
 // laid out here; the kernels below take plain pointers. Four-dimensional tensors are channels-last throughout.
 #include <ATen/ATen.h>
+#include <ATen/DeviceGuard.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
@@ -20,22 +21,17 @@
 #include "masked_norm.h"
 
 #if defined(LOCALLIP_EMULATED_CUDA)  // the tests' build: the CUDA kernels, compiled for the host, in place of the CPU's
-#define LOCALLIP_GUARD(tensor)
 #define LOCALLIP_CURRENT_STREAM nullptr
 #define LOCALLIP_RUN(tensor, function, ...) cuda::function(__VA_ARGS__, LOCALLIP_CURRENT_STREAM)
 #define LOCALLIP_HOST_RUN(tensor, function, ...) cuda::function(__VA_ARGS__)
 #elif defined(LOCALLIP_CUDA)
-#include <ATen/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#define LOCALLIP_GUARD(tensor) const c10::OptionalDeviceGuard device_guard(at::device_of(tensor))
 #define LOCALLIP_CURRENT_STREAM c10::cuda::getCurrentCUDAStream().stream()
 #define LOCALLIP_RUN(tensor, function, ...) \
   ((tensor).is_cuda() ? cuda::function(__VA_ARGS__, LOCALLIP_CURRENT_STREAM) : cpu::function(__VA_ARGS__))
 #define LOCALLIP_HOST_RUN(tensor, function, ...) \
   ((tensor).is_cuda() ? cuda::function(__VA_ARGS__) : cpu::function(__VA_ARGS__))
 #else
-#define LOCALLIP_GUARD(tensor) \
-  TORCH_CHECK((tensor).is_cpu(), "locallip_cuda was built for the CPU alone, got a tensor on ", (tensor).device())
 #define LOCALLIP_RUN(tensor, function, ...) cpu::function(__VA_ARGS__)
 #define LOCALLIP_HOST_RUN(tensor, function, ...) cpu::function(__VA_ARGS__)
 #endif
@@ -154,7 +150,7 @@ Tensor narrowed(const Tensor& t, bool bfloat16) { return bfloat16 ? t.to(at::kBF
 
 Tensor affine(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
               IntArrayRef padding, IntArrayRef dilation, int64_t groups, bool bfloat16) {
-  LOCALLIP_GUARD(weight);
+  const c10::OptionalDeviceGuard on_device(at::device_of(weight));
   const Tf32OnRequest precision;
   const Operator op{narrowed(weight, bfloat16), stride.vec(), padding.vec(), dilation.vec(), groups};
   const OptionalTensor shift = bias ? OptionalTensor(narrowed(*bias, bfloat16)) : std::nullopt;
@@ -183,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_backward(const Tensor& grad_in, const 
                                                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                    int64_t groups, bool bfloat16, bool of_input, bool of_weight,
                                                    bool of_bias) {
-  LOCALLIP_GUARD(weight);
+  const c10::OptionalDeviceGuard on_device(at::device_of(weight));
   const Tf32OnRequest precision;
   const auto options = weight.options().requires_grad(false);
   const Tensor grad = laid_out(grad_in), x = laid_out(x_in);
@@ -406,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const Optio
                                                const OptionalTensor& col_mask, const OptionalTensor& start,
                                                IntArrayRef input_shape, IntArrayRef stride, IntArrayRef padding,
                                                IntArrayRef dilation, int64_t groups, int64_t iterations) {
-  LOCALLIP_GUARD(weight);
+  const c10::OptionalDeviceGuard on_device(at::device_of(weight));
   const FullPrecision full_precision;
   // with few rows (a last layer's classes) this exhausts the Krylov space at next to no cost
   if (weight.dim() == 2 && weight.size(0) <= kWindow) iterations = std::max(iterations, weight.size(0) - 1);
@@ -422,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const Optio
 // are.
 Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tensor& right, const Tensor& left,
                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  LOCALLIP_GUARD(weight);
+  const c10::OptionalDeviceGuard on_device(at::device_of(weight));
   const FullPrecision full_precision;
   const Operator op{weight, stride.vec(), padding.vec(), dilation.vec(), groups};
   if (right.size(0) == 0) return at::zeros_like(weight);
@@ -522,7 +518,7 @@ struct Pattern {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
     const Tensor& values, const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
     const std::string& activation, const OptionalTensor& first, const OptionalTensor& second) {
-  LOCALLIP_GUARD(values);
+  const c10::OptionalDeviceGuard on_device(at::device_of(values));
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
   Tensor out = empty(with_batch(2 * in.batch, in.sizes), options), out_half = empty(in.sizes, options);
@@ -554,7 +550,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_ba
     const Tensor& grad_values, const Tensor& grad_half_width, const Tensor& grad_slack, const Tensor& values,
     const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
     const std::string& activation, const OptionalTensor& first, const OptionalTensor& second) {
-  LOCALLIP_GUARD(values);
+  const c10::OptionalDeviceGuard on_device(at::device_of(values));
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
   const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, options); };
@@ -645,7 +641,7 @@ struct Margin {
 
 std::tuple<Tensor, Tensor> margin(const Tensor& features, const Tensor& lower, const Tensor& upper,
                                   const Tensor& radius, const Tensor& weight, const Tensor& labels) {
-  LOCALLIP_GUARD(features);
+  const c10::OptionalDeviceGuard on_device(at::device_of(features));
   const Margin in(features, lower, upper, radius, weight, labels);
   Tensor gain = at::empty({features.size(0), weight.size(0)}, features.options().requires_grad(false));
   Tensor step = at::empty_like(gain);
@@ -661,7 +657,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_backward(const Tensor&
                                                                    const Tensor& features, const Tensor& lower,
                                                                    const Tensor& upper, const Tensor& radius,
                                                                    const Tensor& weight, const Tensor& labels) {
-  LOCALLIP_GUARD(features);
+  const c10::OptionalDeviceGuard on_device(at::device_of(features));
   const Margin in(features, lower, upper, radius, weight, labels);
   Tensor to_features = at::empty_like(in.features), to_lower = at::empty_like(in.lower),
          to_upper = at::empty_like(in.upper);
@@ -741,6 +737,18 @@ LOCALLIP_REGISTER(CPU)
 TORCH_LIBRARY_IMPL(locallip_cuda, CPU, m) { m.impl("lanczos_bound", &lanczos_bound); }
 #ifdef LOCALLIP_CUDA
 LOCALLIP_REGISTER(CUDA)
+#else
+// torch's own error would not say that the cause is this build
+void refuse(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK(false, op.schema().name(),
+              ": got a tensor on a GPU, but this locallip_cuda was built for the CPU alone: "
+              "locallip_cuda.build_info()[\"reason\"] says why");
+}
+
+TORCH_LIBRARY_IMPL(locallip_cuda, CUDA, m) {
+  for (const char* op : {"affine", "masked_norm", "activation_pattern", "margin"})
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse>());
+}
 #endif
 
 }  // namespace locallip

@@ -390,6 +390,22 @@ def test_build_info_of_this_build():
     assert (info["cuda"] is None) == bool(info["reason"]) == (info["architectures"] == [])
 
 
+@pytest.mark.skipif(locallip_cuda.build_info()["cuda"] is not None, reason="this build takes GPU tensors")
+@pytest.mark.parametrize("op", ["affine", "masked_norm", "activation_pattern", "margin"])
+def test_gpu_tensors_on_a_build_for_the_cpu_alone(op):
+    """The dispatcher is asked for the GPU's kernel, since there may be no GPU to put a tensor on."""
+    x, geometry = torch.ones(2, 2), ([1, 1], [0, 0], [1, 1], 1)
+    arguments = {
+        "affine": (x, x, None, *geometry, False),
+        "masked_norm": (x, None, None, None, [2, 2], *geometry, 1),
+        "activation_pattern": (x, None, x, x[0], "relu", None, None),
+        "margin": (x, x, x, x[0], x, torch.zeros(2, dtype=torch.int64)),
+    }
+    gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match=rf"locallip_cuda::{op}: got a tensor on a GPU.*CPU alone.*build_info"):
+        getattr(torch.ops.locallip_cuda, op).default.redispatch(gpu, *arguments[op])
+
+
 def test_extension_links_no_openmp_runtime_of_its_own():
     """It uses torch's: a second thread pool would compete for the cores and not know torch.set_num_threads."""
     binary = Path(load_extension().__file__).read_bytes()

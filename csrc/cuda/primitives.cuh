@@ -85,6 +85,7 @@ __device__ inline uint32_t to_tf32(float x) {
 
 // c += a b for a 16 x 8 matrix a, 8 x 8 b, 16 x 8 c spread over a warp. Lane 4 g + t holds a at (g, t), (g + 8, t),
 // (g, t + 4), (g + 8, t + 4); b at (t, g), (t + 4, g); c at (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
+// Volatile: it has to stay where all lanes of the warp meet.
 __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
