@@ -105,7 +105,7 @@ OPERATORS = (nn.Linear, nn.Conv2d, nn.AvgPool2d, Normalize)
 
 def leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(module, nn.Sequential):
-        for name, child in module.named_children():
+        for name, child in module._modules.items():  # named_children() would leave out a module's second place
             yield from leaves(child, f"{path}.{name}" if path else name)
     else:
         yield path, module
