@@ -6,15 +6,18 @@ import pkgutil
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from . import losses, models, nn
-from .bounds import LocalBounds, local_bounds
+from .bounds import LocalBounds, ProvedBounds, local_bounds
 from .build_info import build_info
 from .certify import Certificate, certified_radius, certify
+from .layers import UnsupportedModuleError
 from .norms import NormBound, masked_norm, masked_norm_bound
 
 __all__ = [
     "Certificate",
     "LocalBounds",
     "NormBound",
+    "ProvedBounds",
+    "UnsupportedModuleError",
     "build_info",
     "certified_radius",
     "certify",

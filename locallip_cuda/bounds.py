@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .layers import IDENTITY, OPERATORS, SUPPORTED, Activation, Operator, UnsupportedModuleError, leaves, step
+from . import agreement, ops
+from .layers import IDENTITY, OPERATORS, SUPPORTED, Activation, Leaf, Operator, UnsupportedModuleError, at, leaves
 from .norms import ESTIMATE_ITERATIONS, check_guarantee, norm_bound, values_are_at_hand
 from .propagation import Propagation
 from .proved import ProvedPropagation, affine, check_provable, gains
@@ -219,45 +219,57 @@ def local_bounds(
         raise TypeError(f"x: got {getattr(x, 'dtype', type(x).__name__)}, want a torch.float32 or torch.float64 tensor")
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want (B, ...)")
-    modules = list(leaves(model, ""))
-    last = modules[-1][1] if modules else None
-    if not isinstance(last, nn.Linear):
-        end = f"model.{modules[-1][0]}: {last}" if modules else "nothing"
+    modules = leaves(model)
+    if not modules or modules[-1].kind is not nn.Linear:
+        end = f"{at(modules[-1].path)}: {modules[-1].module}" if modules else "nothing"
         raise UnsupportedModuleError(f"model: ends in {end}, want a Linear at its end")
+    *hidden, last = modules
     radii = _radius_of_input(eps, x if guarantee == "estimate" else x.double())
     if guarantee == "estimate":
         propagation = Propagation(x, radii, radius, iterations)
-        _pass(modules[:-1], propagation)
-        return _estimated(propagation, modules[-1][0], last)
+        _pass(hidden, propagation)
+        estimated = _estimated(propagation, last)
+        if agreement.is_due(model, x, proof=False):
+            agreement.check(model, modules, x, estimated.logits)
+        return estimated
     check_provable(modules)
     with torch.no_grad(), textbook_products(x.device.type):
-        count = sum(isinstance(module, OPERATORS) for _, module in modules[:-1])
+        count = sum(leaf.kind in OPERATORS for leaf in hidden)
         proved = ProvedPropagation(x, radii, radius, guarantee, failure_probability, count)
-        _pass(modules[:-1], proved)
-        return _proved(proved, modules[-1][0], last, failure_probability)
+        _pass(hidden, proved)
+        bounds = _proved(proved, last, failure_probability)
+        if agreement.is_due(model, x, proof=True):
+            agreement.check(model, modules, x, bounds.logits, bounds.logit_error)
+        return bounds
 
 
-def _pass(modules: list[tuple[str, nn.Module]], propagation: Propagation | ProvedPropagation) -> None:
+def _pass(hidden: list[Leaf], propagation: Propagation | ProvedPropagation) -> None:
     pending: tuple[str, Operator] | None = None  # until it is known what activation follows
-    for path, module in modules:
-        layer = step(path, module, propagation.values)
+    for leaf in hidden:
+        layer = leaf.step(propagation.values)
         if isinstance(layer, Activation):
-            operator_path, operator = pending or (path, None)
+            operator_path, operator = pending or (leaf.path, None)
             propagation.pass_layer(operator_path, operator, layer)
             pending = None
         elif layer is not None:
             if pending is not None:
                 propagation.pass_layer(*pending, IDENTITY)
-            pending = (path, layer) if isinstance(layer, Operator) else None
+            pending = (leaf.path, layer) if isinstance(layer, Operator) else None
             if isinstance(layer, nn.Flatten):
                 propagation.flatten()
     if pending is not None:
         propagation.pass_layer(*pending, IDENTITY)
 
 
-def _estimated(done: Propagation, path: str, last: nn.Linear) -> LocalBounds:
-    head = Operator(last.weight, last.bias, None)
-    head.check_input(path, done.values)
+def _operator(last: Leaf, like: Tensor) -> Operator:
+    head = last.step(like)
+    assert isinstance(head, Operator)
+    return head
+
+
+def _estimated(done: Propagation, last: Leaf) -> LocalBounds:
+    head = _operator(last, done.values)
+    head.check_input(last.path, done.values)
     features, centre = done.values[: done.batch], done.values[done.values.shape[0] - done.batch :]
     half_width = done.eps.unsqueeze(1) if done.half_width is None else done.half_width
     layer_norms = torch.stack(done.norms, 1) if done.norms else features.new_ones(done.batch, 0)
@@ -276,7 +288,7 @@ def _estimated(done: Propagation, path: str, last: nn.Linear) -> LocalBounds:
         varying=_stacked(done.varying, features),
         eps=done.eps,
         guarantee="estimate",
-        last_weight=last.weight,
+        last_weight=head.weight,
         sparsity_terms=torch.stack(done.sparsity_terms or none),
         operators=done.operators,
     )
@@ -290,8 +302,8 @@ def _stacked(counts: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(counts, 1) if counts else like.new_zeros(like.shape[0], 0, 2, dtype=torch.int64)
 
 
-def _proved(done: ProvedPropagation, path: str, last: nn.Linear, failure_probability: float) -> ProvedBounds:
-    head = done.exact(path, Operator(last.weight, last.bias, None))
+def _proved(done: ProvedPropagation, last: Leaf, failure_probability: float) -> ProvedBounds:
+    head = done.exact(last.path, _operator(last, done.values))
     logits, logit_error = affine(head, done.values, done.error)
     lipschitz = torch.ones_like(done.eps)
     for norm in done.norms:

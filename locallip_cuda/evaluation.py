@@ -244,11 +244,12 @@ def measure(
         check_guarantee(guarantee, failure_probability)
     proofs = [guarantee for guarantee in guarantees if guarantee != "estimate"]
     model.eval()
-    last = model[-1]
+    modules = leaves(model)
+    last = modules[-1].module if modules else None
     if not isinstance(last, nn.Linear):
         raise TypeError(f"model ends in {type(last).__name__}; it must end in a Linear layer")
     if proofs:
-        check_provable(list(leaves(model, "")))
+        check_provable(modules)
     device = next(model.parameters()).device
     dataset = dataset[:limit]
     count, seconds = len(dataset), journal.seconds

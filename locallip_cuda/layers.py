@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import ops
@@ -21,6 +23,11 @@ SUPPORTED = (
 
 class UnsupportedModuleError(TypeError):
     """A module in the network has no bound here; the message names its path and what is supported."""
+
+
+def at(path: str) -> str:
+    """How messages name the module at ``path``."""
+    return f"model.{path}" if path else "model"
 
 
 DENSE = ([1, 1], [0, 0], [1, 1], 1)
@@ -50,7 +57,7 @@ class Operator:
         """Raise ValueError naming the module at ``path`` where ``x`` does not fit it."""
         if self.weight.dtype != x.dtype or self.weight.device != x.device:
             raise ValueError(
-                f"x: got {x.dtype} on {x.device}, want {self.weight.dtype} on {self.weight.device} as model.{path}"
+                f"x: got {x.dtype} on {x.device}, want {self.weight.dtype} on {self.weight.device} as {at(path)}"
             )
         if self.conv is None:
             wanted, fits = f"(B, {self.weight.shape[1]})", x.dim() == 2 and x.shape[1] == self.weight.shape[1]
@@ -59,7 +66,7 @@ class Operator:
             wanted, fits = f"(B, {channels}, H, W)", x.dim() == 4 and x.shape[1] == channels
         if not fits:
             got = ", ".join(map(str, x.shape[1:]))
-            raise ValueError(f"x: model.{path} gets shape (B, {got}), want {wanted}")
+            raise ValueError(f"x: {at(path)} gets shape (B, {got}), want {wanted}")
 
     def squared_row_norms(
         self, column_mask: Tensor | None, input_shape: Sequence[int], output: Tensor, *, exact: bool
@@ -95,32 +102,27 @@ class Activation:
     first: Tensor | None = None
     second: Tensor | None = None
 
+    def __call__(self, z: Tensor) -> Tensor:
+        """The activation of ``z``, which stays as it is."""
+        value: Tensor = self.module(z)
+        return value
+
 
 IDENTITY = Activation("identity", nn.Identity())
 Step = Operator | Activation | nn.Flatten
 
-# the modules that :func:`step` makes an Operator of
-OPERATORS = (nn.Linear, nn.Conv2d, nn.AvgPool2d, Normalize)
 
-
-def leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, nn.Sequential):
-        for name, child in module._modules.items():  # named_children() would leave out a module's second place
-            yield from leaves(child, f"{path}.{name}" if path else name)
-    else:
-        yield path, module
-
-
-def _conv_arguments(path: str, module: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+def _convolution(path: str, module: nn.Conv2d, like: Tensor) -> Operator:
     if module.padding_mode != "zeros":
-        raise UnsupportedModuleError(f"model.{path}: Conv2d with padding_mode={module.padding_mode!r}, want 'zeros'")
+        raise UnsupportedModuleError(f"{at(path)}: Conv2d with padding_mode={module.padding_mode!r}, want 'zeros'")
     padding = module.padding
     if isinstance(padding, str):
-        reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        reach = [d * (k - 1) for d, k in zip(module.dilation, module.weight.shape[2:], strict=True)]
         if padding == "same" and any(r % 2 for r in reach):
-            raise UnsupportedModuleError(f"model.{path}: Conv2d with an uneven 'same' padding, want a symmetric one")
+            raise UnsupportedModuleError(f"{at(path)}: Conv2d with an uneven 'same' padding, want a symmetric one")
         padding = tuple(r // 2 for r in reach) if padding == "same" else (0, 0)
-    return list(module.stride), list(padding), list(module.dilation), module.groups
+    conv = (list(module.stride), list(padding), list(module.dilation), module.groups)
+    return Operator(module.weight, module.bias, conv)
 
 
 def _relative_error(like: Tensor) -> float:
@@ -129,7 +131,7 @@ def _relative_error(like: Tensor) -> float:
 
 def _average_pool(path: str, module: nn.AvgPool2d, like: Tensor) -> Operator:
     if module.ceil_mode or not module.count_include_pad:
-        raise UnsupportedModuleError(f"model.{path}: AvgPool2d, want ceil_mode=False and count_include_pad=True")
+        raise UnsupportedModuleError(f"{at(path)}: AvgPool2d, want ceil_mode=False and count_include_pad=True")
 
     def pair(value: int | tuple[int, int]) -> list[int]:
         return [value, value] if isinstance(value, int) else list(value)
@@ -141,7 +143,7 @@ def _average_pool(path: str, module: nn.AvgPool2d, like: Tensor) -> Operator:
     return Operator(weight, None, (stride, pair(module.padding), [1, 1], channels), _relative_error(like))
 
 
-def _normalize(module: Normalize, like: Tensor) -> Operator:
+def _normalize(path: str, module: Normalize, like: Tensor) -> Operator:
     scale = 1 / module.std.to(like)
     bias = -module.mean.to(like) * scale
     if like.dim() == 2:
@@ -153,38 +155,131 @@ def _normalize(module: Normalize, like: Tensor) -> Operator:
     return Operator(scale.view(-1, 1, 1, 1), bias, conv, _relative_error(like))
 
 
-def step(path: str, module: nn.Module, like: Tensor) -> Step | None:
-    """What ``module`` does to the bounds of an input shaped as ``like``; None where it does nothing."""
-    match module:
-        case nn.Linear():
-            return Operator(module.weight, module.bias, None)
-        case nn.Conv2d():
-            return Operator(module.weight, module.bias, _conv_arguments(path, module))
-        case nn.AvgPool2d():
-            return _average_pool(path, module, like)
-        case Normalize():
-            return _normalize(module, like)
-        case nn.Flatten() if module.start_dim == 1 and module.end_dim == -1:
-            return module
-        case nn.Identity():
-            return None
-        case nn.Dropout() | nn.Dropout2d() if not module.training:
-            return None
-        case nn.ReLU():
-            return Activation("relu", module)
-        case ClippedReLU():
-            return Activation("clipped_relu", module, module.threshold)
-        case MaxMin():
-            return Activation("maxmin", module)
-        case ClippedMaxMin():
-            return Activation("clipped_maxmin", module, module.upper, module.lower)
-        case nn.LeakyReLU() if 0 <= module.negative_slope <= 1:
-            return Activation("", module)
-        case nn.ELU() if 0 < module.alpha <= 1:
-            return Activation("", module)
-        case nn.Tanh() | nn.Sigmoid():
-            return Activation("", module)
-        case nn.Softplus() if module.threshold >= 20:  # below, torch's jumps down at the threshold
-            return Activation("", module)
-    hint = " in training mode" if isinstance(module, (nn.Dropout, nn.Dropout2d)) else ""
-    raise UnsupportedModuleError(f"model.{path}: {module}{hint} has no bound, want one of {SUPPORTED}")
+def _activation(kind: str, *thresholds: str) -> Callable[[str, Any, Tensor], Activation]:
+    return lambda path, module, like: Activation(kind, module, *(getattr(module, name) for name in thresholds))
+
+
+def _only_where(
+    holds: Callable[[Any], bool], wanted: str, build: Callable[[str, Any, Tensor], Step | None]
+) -> Callable[[str, Any, Tensor], Step | None]:
+    """``build``, or an error that says what is ``wanted`` where the module's settings have no bound."""
+
+    def checked(path: str, module: Any, like: Tensor) -> Step | None:
+        if not holds(module):
+            mode = " in training mode" if module.training else ""
+            raise UnsupportedModuleError(f"{at(path)}: {module}{mode} has no bound, want {wanted}")
+        return build(path, module, like)
+
+    return checked
+
+
+def _nothing(path: str, module: nn.Module, like: Tensor) -> None:
+    return None
+
+
+_in_eval_mode = _only_where(lambda module: not module.training, "eval mode", _nothing)
+
+# What each kind of module does to the bounds of an input shaped as the last argument; None where it does nothing.
+KINDS: dict[type[nn.Module], Callable[[str, Any, Tensor], Step | None]] = {
+    nn.Linear: lambda path, module, like: Operator(module.weight, module.bias, None),
+    nn.Conv2d: _convolution,
+    nn.AvgPool2d: _average_pool,
+    Normalize: _normalize,
+    nn.Flatten: _only_where(
+        lambda module: (module.start_dim, module.end_dim) == (1, -1),
+        "start_dim=1 and end_dim=-1",
+        lambda path, module, like: module,
+    ),
+    nn.Identity: _nothing,
+    nn.Dropout: _in_eval_mode,
+    nn.Dropout2d: _in_eval_mode,
+    nn.ReLU: _activation("relu"),
+    ClippedReLU: _activation("clipped_relu", "threshold"),
+    MaxMin: _activation("maxmin"),
+    ClippedMaxMin: _activation("clipped_maxmin", "upper", "lower"),
+    nn.LeakyReLU: _only_where(lambda module: 0 <= module.negative_slope <= 1, "slopes in [0, 1]", _activation("")),
+    nn.ELU: _only_where(lambda module: 0 < module.alpha <= 1, "0 < alpha <= 1", _activation("")),
+    nn.Tanh: _activation(""),
+    nn.Sigmoid: _activation(""),
+    # below, torch's jumps down at the threshold
+    nn.Softplus: _only_where(lambda module: module.threshold >= 20, "threshold >= 20", _activation("")),
+}
+
+# those of them that are affine layers, with an operator norm
+OPERATORS = (nn.Linear, nn.Conv2d, nn.AvgPool2d, Normalize)
+
+# What a call of a module looks up on its class, as torch and this package define it, for every kind.
+_CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__", "forward")
+_RUNS: dict[type[nn.Module], dict[str, Any]] = {
+    kind: {
+        name: getattr(kind, name)
+        for name in (*_CALL, *{nn.Conv2d: ("_conv_forward",), nn.Sequential: ("__iter__",)}.get(kind, ()))
+    }
+    for kind in (*KINDS, nn.Sequential)
+}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A module of the network that has a bound: where it stands, and as which of the ``KINDS`` it runs."""
+
+    path: str
+    module: nn.Module
+    kind: type[nn.Module]
+
+    def step(self, like: Tensor) -> Step | None:
+        """What it does to the bounds of an input shaped as ``like``; None where it does nothing."""
+        return KINDS[self.kind](self.path, self.module, like)
+
+
+def leaves(model: nn.Module) -> list[Leaf]:
+    """What calling ``model`` runs, in that order; a module used twice is there twice.
+
+    UnsupportedModuleError, by path, for a module without a bound, and wherever a call may run something else than what
+    the bound is of: a ``forward`` that is overridden, or set on the instance, or a hook.
+    """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        raise UnsupportedModuleError(
+            "model: torch has global forward hooks, which may change what a module computes; want none"
+        )
+    return list(_leaves(model, ""))
+
+
+def _leaves(module: nn.Module, path: str) -> Iterator[Leaf]:
+    kind = _kind(module, path)
+    if kind is not nn.Sequential:
+        yield Leaf(path, module, kind)
+        return
+    for name, child in module._modules.items():  # named_children() would leave out a module's second place
+        below = f"{path}.{name}" if path else name
+        if child is None:
+            raise UnsupportedModuleError(f"{at(below)}: got None, want a module")
+        yield from _leaves(child, below)
+
+
+def _kind(module: nn.Module, path: str) -> type[nn.Module]:
+    """As which of the ``KINDS``, or as Sequential, ``module`` runs: its own class, or one whose call it inherits."""
+    own = type(module)
+    kind = next((cls for cls in own.__mro__ if cls in _RUNS), None)
+    if kind is None:
+        what = own.__name__ if module._modules else str(module)
+        raise UnsupportedModuleError(f"{at(path)}: {what} has no bound, want one of {SUPPORTED}")
+    for name, runs in _RUNS[kind].items():
+        if name in module.__dict__:
+            what = f"has a {name!r} of its own, set on the instance"
+        elif getattr(own, name) is not runs:
+            what = f"overrides {name!r} of {kind.__name__}"
+        else:
+            continue
+        raise UnsupportedModuleError(
+            f"{at(path)}: {own.__name__} {what}, so that it may compute another function, and has no bound; "
+            f"want {kind.__name__} itself or a subclass that leaves {name!r} alone"
+        )
+    for hooks in ("forward_pre", "forward", "backward_pre", "backward"):
+        if getattr(module, f"_{hooks}_hooks"):
+            raise UnsupportedModuleError(
+                f"{at(path)}: {own.__name__} has {hooks.replace('_', ' ')} hooks, which may change what it computes, "
+                "and no bound; want none. In place of the older spectral_norm and weight_norm of torch.nn.utils take "
+                "torch.nn.utils.parametrizations; after pruning, torch.nn.utils.prune.remove"
+            )
+    return kind

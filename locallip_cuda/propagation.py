@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .layers import Activation, Operator
+from .layers import Activation, Operator, at
 from .norms import values_are_at_hand
 
 # The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a
@@ -87,7 +87,7 @@ class Propagation:
             norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
             self.reach = self.reach * global_norm
         if values_are_at_hand(norm) and bool(norm.isnan().any()):
-            raise ValueError(f"model.{path}: got NaN or infinite weights, want finite ones")
+            raise ValueError(f"{at(path)}: got NaN or infinite weights, want finite ones")
         return norm
 
     def flatten(self) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .layers import Activation, Operator, UnsupportedModuleError
+from .layers import Activation, Leaf, Operator, UnsupportedModuleError, at
 from .nn import halves
 from .norms import norm_bound
 from .rounding import TINY, UNIT, down, gamma, up
@@ -63,14 +63,22 @@ def row_norms(operator: Operator, columns: Tensor) -> Tensor:
     return up((squared * (1 + gamma(terms + 8)) + 4 * terms * TINY).sqrt()) * (1 + 4 * UNIT)
 
 
-def check_provable(modules: Sequence[tuple[str, nn.Module]]) -> None:
-    """UnsupportedModuleError for a module that the estimate supports and no proof does."""
-    for path, module in modules:
-        if isinstance(module, nn.Softplus):
+def check_provable(modules: Sequence[Leaf]) -> None:
+    """UnsupportedModuleError for a module that the estimate supports and no proof does.
+
+    In training mode a parametrisation may give other weights at every read, as torch's spectral_norm does.
+    """
+    for leaf in modules:
+        if leaf.kind is nn.Softplus:
             raise UnsupportedModuleError(
-                f"model.{path}: {module} has no proof, because torch's jumps at its threshold; "
+                f"{at(leaf.path)}: {leaf.module} has no proof, because torch's jumps at its threshold; "
                 "want another activation, or guarantee='estimate'"
             )
+        for name in getattr(leaf.module, "parametrizations", ()):
+            if not torch.equal(getattr(leaf.module, name), getattr(leaf.module, name)):
+                raise UnsupportedModuleError(
+                    f"{at(leaf.path)}: its parametrised {name} changes from one read to the next; want eval mode"
+                )
 
 
 class Rounded:
@@ -190,7 +198,7 @@ class ProvedPropagation:
     def exact(self, path: str, operator: Operator) -> Operator:
         """``operator`` with its weights in float64; ValueError where the values do not fit it."""
         if operator.weight.dtype not in (self.dtype, torch.float64):
-            raise ValueError(f"x: got {self.dtype}, want {operator.weight.dtype} as model.{path}")
+            raise ValueError(f"x: got {self.dtype}, want {operator.weight.dtype} as {at(path)}")
         bias = None if operator.bias is None else operator.bias.detach().double()
         exact = Operator(operator.weight.detach().double(), bias, operator.conv)
         exact.check_input(path, self.values)
@@ -211,7 +219,7 @@ class ProvedPropagation:
                 TIGHTNESS,
             )
         except ValueError as error:
-            raise ValueError(f"model.{path}: {error}") from None
+            raise ValueError(f"{at(path)}: {error}") from None
         return up(upper * (1 + operator.relative_error))
 
     def box(self) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from helpers import generator
+from helpers import ACTIVATIONS, ZOO, generator, zoo_input
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import locallip_cuda as ll
-from locallip_cuda import attack
+from locallip_cuda import agreement, attack, layers
 
 GUARANTEES = ["estimate", "probabilistic", "deterministic"]
 every_guarantee = pytest.mark.parametrize("guarantee", GUARANTEES)
@@ -45,7 +49,7 @@ def assert_certificates_hold(model: nn.Module, x: Tensor, eps: float, guarantee:
     return int(held.sum())
 
 
-# --- modules used more than once ----------------------------------------------------------------------------------------
+# --- modules used more than once --------------------------------------------------------------------------------------
 
 
 @every_guarantee
@@ -74,3 +78,313 @@ def test_a_container_used_twice_and_gradients_of_shared_weights() -> None:
     b = ll.local_bounds(apart, normal(9, 3, 5), 0.1, iterations=50)
     grads = torch.autograd.grad(b.lipschitz.sum(), [copy[0].weight for copy in copies])
     torch.testing.assert_close(shared, sum(grads))
+
+
+# --- modules that compute another function than their class -----------------------------------------------------------
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Scaling(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * super().forward(x)
+
+
+class Backwards(nn.Sequential):
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return reversed(self._modules.values())
+
+
+class Cosine(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x) @ nn.functional.normalize(self.weight).T
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class StandardisedBelow(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+class Steep(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class Calls(nn.ReLU):
+    def __call__(self, *args: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * super().__call__(*args)
+
+
+class Threefold(ll.nn.MaxMin):
+    def forward(self, z: Tensor) -> Tensor:
+        return 3 * super().forward(z)
+
+
+def images(convolution: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Sequential(convolution, nn.ReLU()), nn.Flatten(), linear(2, 12, 3)).double()
+
+
+def changed(change, place: str = "0") -> nn.Sequential:  # type: ignore[no-untyped-def]
+    model = nn.Sequential(linear(0, 6, 6), nn.Sequential(nn.ReLU()), linear(2, 6, 3))
+    change(model.get_submodule(place))
+    return model
+
+
+def set_forward(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+
+
+def pruned(module: nn.Module) -> None:
+    prune.random_unstructured(module, "weight", 0.5)
+
+
+OTHERS = {
+    "residual": (
+        lambda: nn.Sequential(Residual(linear(0, 6, 6), nn.ReLU()), linear(2, 6, 3)),
+        r"model\.0: Residual over",
+    ),
+    "the whole model": (
+        lambda: Scaling(linear(0, 6, 6), nn.ReLU(), linear(2, 6, 3)),
+        "model: Scaling overrides 'forward'",
+    ),
+    "another order": (
+        lambda: nn.Sequential(Backwards(nn.ReLU(), linear(0, 6, 6)), linear(2, 6, 3)),
+        r"model\.0: Backwards overrides '__iter__' of Sequential",
+    ),
+    "cosine head": (
+        lambda: nn.Sequential(linear(0, 6, 6), nn.ReLU(), Cosine(6, 3).double()),
+        r"model\.2: Cosine overrides 'forward' of Linear.*want Linear itself",
+    ),
+    "hidden cosine": (
+        lambda: nn.Sequential(Cosine(6, 6).double(), nn.ReLU(), linear(2, 6, 3)),
+        r"model\.0: Cosine overrides 'forward' of Linear",
+    ),
+    "weight-standardised": (lambda: images(Standardised(2, 3, 2)), r"model\.0\.0: Standardised overrides 'forward'"),
+    "below forward": (
+        lambda: images(StandardisedBelow(2, 3, 2)),
+        r"model\.0\.0: .* overrides '_conv_forward' of Conv2d",
+    ),
+    "activation": (
+        lambda: nn.Sequential(linear(0, 6, 6), Steep(), linear(2, 6, 3)),
+        r"model\.1: Steep overrides 'forward' of ReLU",
+    ),
+    "call": (
+        lambda: nn.Sequential(linear(0, 6, 6), Calls(), linear(2, 6, 3)),
+        r"model\.1: Calls overrides '__call__' of ReLU",
+    ),
+    "own activation": (
+        lambda: nn.Sequential(linear(0, 6, 6), Threefold(), linear(2, 6, 3)),
+        r"model\.1: Threefold overrides 'forward' of MaxMin",
+    ),
+    "forward of an instance": (lambda: changed(set_forward), r"model\.0: Linear has a 'forward' of its own"),
+    "forward of a container": (lambda: changed(set_forward, "1"), r"model\.1: Sequential has a 'forward' of its own"),
+    "forward of the model": (lambda: changed(set_forward, ""), r"model: Sequential has a 'forward' of its own"),
+    "hook": (
+        lambda: changed(lambda m: m.register_forward_hook(lambda module, args, out: 2 * out)),
+        r"model\.0: Linear has forward hooks",
+    ),
+    "pre-hook of a container": (
+        lambda: changed(lambda m: m.register_forward_pre_hook(lambda module, args: (2 * args[0],)), "1"),
+        r"model\.1: Sequential has forward pre hooks",
+    ),
+    "hook of an activation": (
+        lambda: changed(lambda m: m.register_forward_hook(lambda module, args, out: 2 * out), "1.0"),
+        r"model\.1\.0: ReLU has forward hooks",
+    ),
+    "hook of the model": (
+        lambda: changed(lambda m: m.register_forward_hook(lambda module, args, out: out.flip(1)), ""),
+        "model: Sequential has forward hooks",
+    ),
+    "backward hook": (
+        lambda: changed(lambda m: m.register_full_backward_hook(lambda module, inputs, outputs: None)),
+        r"model\.0: Linear has backward hooks",
+    ),
+    "the older spectral_norm": (
+        lambda: changed(torch.nn.utils.spectral_norm),
+        r"model\.0: Linear has forward pre hooks.*parametrizations",
+    ),
+    "the older weight_norm": (lambda: changed(torch.nn.utils.weight_norm), r"model\.0: Linear has forward pre hooks"),
+    "pruned": (lambda: changed(pruned), r"model\.0: Linear has forward pre hooks.*prune\.remove"),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(6, dtype=torch.float64), nn.ReLU(), linear(2, 6, 3)),
+        r"model\.0: LazyLinear has forward pre hooks",
+    ),
+}
+
+
+def other(name: str) -> tuple[nn.Sequential, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OTHERS[name][0]()
+    size = (2, 3, 3) if any(isinstance(m, nn.Conv2d) for m in model.modules()) else (6,)
+    return model, normal(9, 64, *size)
+
+
+warned = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:Lazy modules:UserWarning")
+
+
+@warned
+@every_guarantee
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_may_compute_another_function_is_refused_by_path(name: str, guarantee: str) -> None:
+    model, x = other(name)
+    with pytest.raises(ll.UnsupportedModuleError, match=OTHERS[name][1]):
+        ll.certify(model, x, 0.05, guarantee=guarantee)
+
+
+def test_a_forward_of_a_class_changed_later_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = nn.ReLU.forward
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: 3 * forward(self, x))
+    with pytest.raises(ll.UnsupportedModuleError, match=r"model\.1\.0: ReLU overrides 'forward' of ReLU"):
+        ll.certify(changed(lambda module: None), normal(9, 4, 6), 0.05)
+
+
+def test_global_hooks_are_refused() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: 2 * out)
+    try:
+        with pytest.raises(ll.UnsupportedModuleError, match="global forward hooks"):
+            ll.certify(changed(lambda module: None), normal(9, 4, 6), 0.05)
+    finally:
+        handle.remove()
+
+
+class OwnLinear(nn.Linear):
+    """Inherits all that runs."""
+
+    def __init__(self, seed: int, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.load_state_dict(linear(seed, inputs, outputs).state_dict())
+        self.double()
+
+
+class Block(nn.Sequential):
+    def __init__(self, seed: int) -> None:
+        super().__init__(OwnLinear(seed, 6, 6), nn.LeakyReLU(0.1))
+
+
+@every_guarantee
+def test_subclasses_that_inherit_what_runs_have_bounds(guarantee: str) -> None:
+    model = nn.Sequential(Block(0), Block(2), OwnLinear(4, 6, 3))
+    assert 0 < assert_certificates_hold(model, normal(9, 64, 6), 0.05, guarantee) < 64
+
+
+PARAMETRISATIONS = {
+    "weight_norm": lambda layer: parametrizations.weight_norm(layer),
+    "spectral_norm": lambda layer: parametrizations.spectral_norm(layer),
+    "orthogonal": lambda layer: parametrizations.orthogonal(layer),
+}
+
+
+@every_guarantee
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PARAMETRISATIONS)
+def test_parametrised_weights_have_bounds(name: str, dtype: torch.dtype, guarantee: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [PARAMETRISATIONS[name](linear(seed, 6, 6)) for seed in (0, 2)]
+    shared = nn.ReLU()
+    model = nn.Sequential(layers[0], shared, layers[1], shared, linear(4, 6, 3)).to(dtype).eval()
+    x = normal(9, 64, 6).to(dtype)
+    assert 0 < assert_certificates_hold(model, x, 0.05, guarantee) < 64
+    model.train()
+    loss = ll.losses.robust_cross_entropy(ll.local_bounds(model, x, 0.05), torch.zeros(64, dtype=torch.int64))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_parametrisation_that_changes_at_every_read_has_no_proof() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(linear(0, 6, 6)), nn.ReLU(), linear(2, 6, 3))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    ll.local_bounds(model, normal(9, 4, 6), 0.05)
+    once = model.state_dict()
+    model.load_state_dict(state)
+    model(normal(9, 4, 6))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, once[name]), "a bound reads a weight as often as a call of the model does"
+    for guarantee in GUARANTEES[1:]:
+        with pytest.raises(
+            ll.UnsupportedModuleError, match=r"model\.0: its parametrised weight changes.*want eval mode"
+        ):
+            ll.certify(model, normal(9, 4, 6), 0.05, guarantee=guarantee)
+    ll.certify(model.eval(), normal(9, 4, 6), 0.05)
+
+
+# --- the second net ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unrecognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules are taken for what their class is by inheritance, whatever they compute."""
+    monkeypatch.setattr(layers, "_RUNS", {kind: {} for kind in layers._RUNS})
+
+
+# what `model(x)` alone does not show: it is the identity on these values, or has no part in the forward pass
+UNSEEN = ["backward hook", "the older spectral_norm", "the older weight_norm", "pruned", "lazy"]
+
+
+@warned
+@every_guarantee
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name in OTHERS if "hook" not in name and name not in UNSEEN])
+def test_the_clean_logits_are_compared(
+    name: str, dtype: torch.dtype, guarantee: str, unrecognised: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = other(name)
+    with pytest.raises(ll.UnsupportedModuleError, match=r"model: model\(x\) and its modules one after another differ"):
+        ll.certify(model.to(dtype), x.to(dtype), 0.05, guarantee=guarantee)
+
+
+@every_guarantee
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_comparison_is_as_sharp_as_rounding(
+    activation: str, guarantee: str, trained: Callable[[str], nn.Sequential], digits: tuple[Tensor, Tensor],
+    unrecognised: None,
+) -> None:  # fmt: skip
+    model = copy.deepcopy(trained(activation)).float()
+    x = digits[0][:8].float()
+    ll.certify(model, x, 0.1, guarantee=guarantee)
+    forward = model.forward
+    model.forward = lambda x: (1 + 1e-4) * forward(x)  # type: ignore[method-assign]
+    agreement._agreed.discard(model)
+    with pytest.raises(ll.UnsupportedModuleError, match="more than rounding explains"):
+        ll.certify(model, x, 0.1, guarantee=guarantee)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e12])
+@pytest.mark.parametrize("depth, width", [(2, 3), (3, 400), (30, 20)])
+@pytest.mark.parametrize("kind", ["random", "one sign", "all alike", "cancelling"])
+def test_rounding_is_not_taken_for_another_function(kind: str, depth: int, width: int, scale: float) -> None:
+    model = nn.Sequential(
+        *[m for _ in range(depth) for m in (nn.Linear(width, width), nn.LeakyReLU(0.5))], nn.Linear(width, 2)
+    )
+    g = generator(depth)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / width**0.5)
+            if kind == "all alike":
+                p.fill_(0.37)
+            if kind == "one sign":
+                p.abs_()
+        if kind == "cancelling":
+            model[0].bias.copy_(-model[0](torch.full((1, width), 10.0))[0] + model[0].bias)
+        for p in (model[0].weight, model[0].bias):
+            p.mul_(scale)
+    x = 10 + 0.01 * torch.rand(20, width, generator=g)
+    for guarantee in ("estimate", "probabilistic"):
+        ll.certify(model, x, 0.0, guarantee=guarantee)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_in_float32_agrees(name: str) -> None:
+    model = copy.deepcopy(ZOO[name][0]).float()
+    b = ll.local_bounds(model, zoo_input(name, 4).float(), 0.1)
+    torch.testing.assert_close(b.logits, model(zoo_input(name, 4).float()))
