@@ -80,10 +80,19 @@ class LocalBounds:
         Args:
             y: (B,) int64 labels in [0, K).
         """
-        self._check_labels(y)
+        self.check_labels(y)
         return self.logits + ops.margin(self.features, self.lower, self.upper, self.radius, self.last_weight, y)
 
-    def _check_labels(self, y: Tensor) -> None:
+    def _check_classes(self) -> None:
+        if self.logits.shape[1] < 2:
+            raise ValueError(
+                f"model: got {self.logits.shape[1]} output, want a logit for each of two classes or more; the sign of "
+                "one output f is certified as the classes of two, (-f, f)"
+            )
+
+    def check_labels(self, y: Tensor) -> None:
+        """TypeError or ValueError where ``y`` is no int64 tensor (B,) of classes, or where there is one class alone."""
+        self._check_classes()
         classes = self.logits.shape[1]
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise TypeError(f"y: got {getattr(y, 'dtype', type(y).__name__)}, want a torch.int64 tensor")
@@ -95,8 +104,10 @@ class LocalBounds:
     def margin(self, y: Tensor | None = None) -> Tensor:
         """(B,) lower bound over the ball of logit y minus the best other logit; ``y`` is the prediction by default.
 
-        A sample is certified for y where this is above zero, in the sense of ``guarantee``.
+        A sample is certified for y where this is above zero, in the sense of ``guarantee``. ValueError for a model with
+        fewer than two outputs.
         """
+        self._check_classes()
         if y is None:
             y = self.logits.argmax(1)
         worst = self.worst_logits(y)
@@ -135,14 +146,15 @@ class ProvedBounds(LocalBounds):
 
     @torch.no_grad()
     def worst_logits(self, y: Tensor) -> Tensor:
-        self._check_labels(y)
+        self.check_labels(y)
         own = self.logits.gather(1, y.unsqueeze(1))
         return torch.where(_is_label(self.logits, y), own, up(own + self._excess(y)))
 
     @torch.no_grad()
     def margin(self, y: Tensor | None = None) -> Tensor:
+        self._check_classes()
         y = self.logits.argmax(1) if y is None else y
-        self._check_labels(y)
+        self.check_labels(y)
         return -self._excess(y).masked_fill(_is_label(self.logits, y), -math.inf).amax(1)
 
     def _excess(self, y: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ def certify(
     ``failure_probability`` for a sample under guarantee "probabilistic", and never under "deterministic"; "estimate"
     proves nothing. Memory grows with B, so certify many samples in batches. Arguments, errors and dtypes as
     :func:`locallip_cuda.local_bounds`.
+
+    A model has two outputs or more. To certify the sign of a single output w . h + b, give it the Linear with weight
+    [-w, w] and bias [-b, b] as its last layer: class 1 is the positive sign, and the margin is twice |w . h + b|'s.
     """
     b = local_bounds(
         model,
@@ -54,8 +57,8 @@ def certify(
         guarantee=guarantee,
         failure_probability=failure_probability,
     )
+    margin = b.margin()
     prediction = b.logits.argmax(1)
-    margin = b.margin(prediction)
     stated = stated_failure_probability(guarantee, failure_probability)
     return Certificate(prediction, margin > 0, margin, b.lipschitz, guarantee, stated)
 

@@ -32,6 +32,7 @@ def lipschitz_margin(b: LocalBounds, y: Tensor) -> Tensor:
     The Lipschitz bound is of the whole network, last layer included (LMT: Tsuzuku, Sato, Sugiyama, NeurIPS 2018,
     arXiv:1802.04034).
     """
+    b.check_labels(y)
     columns = (b.upper > b.lower).detach()
     last = masked_norm(b.last_weight, None, columns)
     reach = math.sqrt(2) * b.radius * last

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,6 +91,45 @@ def test_ties_are_not_certified(guarantee: str, device: str) -> None:
             p.zero_()
     c = ll.certify(model, torch.rand(4, 2, dtype=torch.float64, device=device), 0.0, guarantee=guarantee)
     assert (c.margin <= 0).all() and not c.certified.any()
+
+
+@every_guarantee
+def test_one_output_is_no_classification(guarantee: str, device: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).double().to(device)
+    x = torch.rand(4, 2, dtype=torch.float64, device=device)
+    message = "model: got 1 output, want a logit for each of two classes or more; the sign of one"
+    with pytest.raises(ValueError, match=message):
+        ll.certify(model, x, 1e6, guarantee=guarantee)
+    with pytest.raises(ValueError, match=message):
+        ll.certified_radius(model, x, max_eps=1.0, guarantee=guarantee)
+    b = ll.local_bounds(model, x, 0.1, guarantee=guarantee)
+    y = torch.zeros(4, dtype=torch.int64, device=device)
+    losses = (ll.losses.robust_cross_entropy, ll.losses.gloro, ll.losses.lipschitz_margin)
+    for use in (b.worst_logits, b.margin, *(partial(loss, b) for loss in losses)):
+        with pytest.raises(ValueError, match=message):
+            use(y)
+    assert b.lipschitz.shape == (4,), "the features of a regression have bounds"
+
+
+@every_guarantee
+def test_the_sign_of_one_output_as_two_classes(guarantee: str, device: str) -> None:
+    """As the documentation of certify has it: f is certified where its sign cannot change, and not where it can."""
+    hidden, last = nn.Linear(2, 3).double(), nn.Linear(3, 1).double()
+    both = nn.Linear(3, 2).double()
+    with torch.no_grad():
+        hidden.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+        hidden.bias.fill_(10)
+        last.weight.copy_(torch.tensor([[1.0, 0.0, 0.0]]))
+        last.bias.fill_(-10)  # f(x) = x_0 near the origin
+        both.weight.copy_(torch.cat([-last.weight, last.weight]))
+        both.bias.copy_(torch.cat([-last.bias, last.bias]))
+    model = nn.Sequential(hidden, nn.ReLU(), both).to(device)
+    x = torch.tensor([[0.5, 0.0], [-0.5, 1.0]], dtype=torch.float64, device=device)
+    c = ll.certify(model, x, 0.49, guarantee=guarantee)
+    assert c.prediction.tolist() == [1, 0] and c.certified.all()
+    assert not ll.certify(model, x, 0.51, guarantee=guarantee).certified.any()
+    f = (nn.Sequential(hidden, nn.ReLU(), last.to(device))(x)).squeeze(1)
+    torch.testing.assert_close(ll.certify(model, x, 0.0, guarantee=guarantee).margin, 2 * f.abs().detach())
 
 
 @every_guarantee
