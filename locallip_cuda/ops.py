@@ -8,7 +8,7 @@ Four-dimensional results are channels-last.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -290,3 +290,14 @@ for _name, _backward, _setup in (
     ("margin", _margin_backward, _margin_setup),
 ):
     torch.library.register_autograd(f"locallip_cuda::{_name}", _backward, setup_context=_setup)
+
+
+def _not_twice(ctx: Any, *_grads: Any) -> NoReturn:
+    raise NotImplementedError(
+        "locallip_cuda: bounds have no second derivative, want one backward pass through them: the singular vectors of a "
+        "norm, its masks and a margin's multiplier are held constant in the first"
+    )
+
+
+for _name in ("affine", "masked_norm", "activation_pattern", "margin"):
+    torch.library.register_autograd(f"locallip_cuda::{_name}_backward", _not_twice)

@@ -421,6 +421,26 @@ def test_every_parameter_has_a_gradient() -> None:
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
+@every_device
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["dense, relu", "convolutional, clipped-maxmin"])
+@pytest.mark.parametrize("output", ["logits", "radius", "lipschitz", "worst_logits", "upper", "sparsity"])
+def test_second_derivatives_are_errors(output: str, name: str, device: str) -> None:
+    """Of what depends on the weights twice; the first derivative, and a graph of it that nobody uses, are fine."""
+    model = copy.deepcopy(ZOO[name][0]).to(device)
+    x = zoo_input(name, 3, device).requires_grad_(True)
+    b = ll.local_bounds(model, x, 0.1)
+    values = differentiable(b, torch.tensor([0, 2, 1], device=device))
+    inputs = [x, *model.parameters()]
+    once = torch.autograd.grad(values[output].sum(), inputs, retain_graph=True, allow_unused=True)
+    twice = torch.autograd.grad(values[output].sum(), inputs, create_graph=True, allow_unused=True)
+    for first, second in zip(once, twice, strict=True):
+        assert (first is None) == (second is None) and (first is None or torch.equal(first, second))
+    penalty = torch.cat([g.flatten() for g in twice if g is not None]).square().sum()
+    with pytest.raises(NotImplementedError, match="bounds have no second derivative, want one backward pass"):
+        penalty.backward()
+
+
 # ---- autocast and compile ------------------------------------------------------------------------------------------
 
 
