@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import agreement, ops
 from .layers import IDENTITY, OPERATORS, SUPPORTED, Activation, Leaf, Operator, UnsupportedModuleError, at, leaves
-from .norms import ESTIMATE_ITERATIONS, check_guarantee, norm_bound, values_are_at_hand
+from .norms import ESTIMATE_ITERATIONS, check_guarantee, described, norm_bound, values_are_at_hand
 from .propagation import Propagation
 from .proved import ProvedPropagation, affine, check_provable, gains
 from .rounding import textbook_products, up
@@ -95,7 +95,7 @@ class LocalBounds:
         self._check_classes()
         classes = self.logits.shape[1]
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
-            raise TypeError(f"y: got {getattr(y, 'dtype', type(y).__name__)}, want a torch.int64 tensor")
+            raise TypeError(f"y: got {described(y)}, want a torch.int64 tensor")
         if y.shape != self.logits.shape[:1]:
             raise ValueError(f"y: got shape {tuple(y.shape)}, want ({self.logits.shape[0]},)")
         if values_are_at_hand(y) and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
@@ -180,7 +180,7 @@ def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
             raise ValueError(f"eps: got {eps.min().item()} as its least value, want finite values >= 0")
         return eps.to(x).expand(x.shape[0])
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: got {type(eps).__name__}, want a number or a tensor (B,)")
+        raise TypeError(f"eps: got {described(eps)}, want a number (float or int) or a torch tensor () or (B,)")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, want a finite number >= 0")
     return x.new_full((x.shape[0],), float(eps))
@@ -228,7 +228,7 @@ def local_bounds(
     if not isinstance(model, nn.Sequential):
         raise UnsupportedModuleError(f"model: got {type(model).__name__}, want a Sequential of {SUPPORTED}")
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x: got {getattr(x, 'dtype', type(x).__name__)}, want a torch.float32 or torch.float64 tensor")
+        raise TypeError(f"x: got {described(x)}, want a torch.float32 or torch.float64 tensor")
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want (B, ...)")
     modules = leaves(model)

@@ -42,12 +42,21 @@ CONVERGED = 1e-3
 GUARANTEES = ("estimate", "probabilistic", "deterministic")
 
 
+def described(value: object) -> str:
+    """What a message says it got, where it wants a tensor or a number: a dtype, or a type by its full name."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name} of {getattr(value, 'dtype', None)}" if getattr(value, "ndim", 0) else name
+
+
 def check_guarantee(guarantee: str, failure_probability: float) -> None:
     """ValueError for an unknown guarantee or a number that is no probability."""
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee: got {guarantee!r}, want one of {', '.join(map(repr, GUARANTEES))}")
     if isinstance(failure_probability, bool) or not isinstance(failure_probability, (int, float)):
-        raise TypeError(f"failure_probability: got {type(failure_probability).__name__}, want a number in (0, 1)")
+        raise TypeError(f"failure_probability: got {described(failure_probability)}, want a number in (0, 1)")
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability: got {failure_probability}, want a number in (0, 1)")
 
@@ -71,7 +80,7 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
 
 def _check_weight(weight: Tensor) -> None:
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__}, want a torch.Tensor")
+        raise TypeError(f"weight: got {described(weight)}, want a torch.Tensor")
     if weight.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"weight: got dtype {weight.dtype}, want torch.float32 or torch.float64")
     if weight.dim() not in (2, 4) or weight.numel() == 0:
@@ -84,7 +93,7 @@ def _check_mask(name: str, mask: Tensor | None, shape: Sequence[int], weight: Te
     if mask is None:
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: got {type(mask).__name__}, want a bool torch.Tensor or None")
+        raise TypeError(f"{name}: got {described(mask)}, want a bool torch.Tensor or None")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: got dtype {mask.dtype}, want torch.bool")
     if mask.dim() != len(shape) + 1 or list(mask.shape[1:]) != list(shape):
@@ -128,7 +137,7 @@ def _check_operator(
             if col_mask is None:
                 raise ValueError("input_size: got None, want (Cin, H, W) for a convolution without col_mask")
             if not isinstance(col_mask, Tensor):
-                raise TypeError(f"col_mask: got {type(col_mask).__name__}, want a bool torch.Tensor or None")
+                raise TypeError(f"col_mask: got {described(col_mask)}, want a bool torch.Tensor or None")
             input_size = list(col_mask.shape[1:])
         input_shape = list(input_size)
         if len(input_shape) != 3 or input_shape[0] != channels or min(input_shape) < 1:

@@ -294,8 +294,8 @@ for _name, _backward, _setup in (
 
 def _not_twice(ctx: Any, *_grads: Any) -> NoReturn:
     raise NotImplementedError(
-        "locallip_cuda: bounds have no second derivative, want one backward pass through them: the singular vectors of a "
-        "norm, its masks and a margin's multiplier are held constant in the first"
+        "locallip_cuda: bounds have no second derivative, want one backward pass through them: the singular vectors of "
+        "a norm, its masks and a margin's multiplier are held constant in the first"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy
 import pytest
 import torch
 from helpers import ACTIVATIONS, DEVICES, ZOO, generator, small_network, zoo_input
@@ -580,7 +581,24 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"eps: got shape \(3,\), want \(\) or \(2,\)",
     ),
     "eps of shape (B, 1)": (lambda: call(eps=torch.ones(2, 1)), ValueError, r"eps: got shape \(2, 1\)"),
-    "eps text": (lambda: call(eps="0.1"), TypeError, "eps: got str, want a number or a tensor"),
+    "x an array": (
+        lambda: call(x=X.numpy()),
+        TypeError,
+        "x: got numpy.ndarray of float32, want a torch.float32 or torch.float64 tensor",
+    ),
+    "eps text": (lambda: call(eps="0.1"), TypeError, "eps: got str, want a number"),
+    "eps a numpy scalar": (
+        lambda: call(eps=numpy.float32(0.1)),
+        TypeError,
+        r"eps: got numpy.float32, want a number \(float or int\) or a torch tensor",
+    ),
+    "eps a numpy integer": (lambda: call(eps=numpy.int64(1)), TypeError, "eps: got numpy.int64, want a number"),
+    "eps an array": (lambda: call(eps=numpy.ones(2)), TypeError, "eps: got numpy.ndarray of float64, want a number"),
+    "labels an array": (
+        lambda: call().margin(numpy.zeros(2, dtype="int64")),
+        TypeError,
+        "y: got numpy.ndarray of int64, want a torch.int64 tensor",
+    ),
     "eps bool": (lambda: call(eps=True), TypeError, "eps: got bool"),
     "radius unknown": (lambda: call(radius="both"), ValueError, "radius: got 'both', want 'local' or 'global'"),
     "iterations negative": (lambda: call(iterations=-1), ValueError, "iterations: got -1, want an integer >= 0"),
