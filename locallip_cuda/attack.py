@@ -120,7 +120,7 @@ def pgd(
             return x
 
         with torch.no_grad():
-            logits = model(x)
+            logits = model(x.clone())  # an activation in place may write over its input
         if logits.dim() != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
             raise ValueError(f"model must give logits ({x.shape[0]}, K) with K >= 2, got shape {tuple(logits.shape)}")
         if int(y.min()) < 0 or int(y.max()) >= logits.shape[1]:
@@ -155,7 +155,7 @@ def pgd(
                     break
             point.requires_grad_(True)
             with torch.enable_grad():
-                loss = _margin(model(point), y[index])
+                loss = _margin(model(point.clone()), y[index])
                 (gradient,) = torch.autograd.grad(loss.sum(), point)
             point = point.detach()
             loss = loss.detach()

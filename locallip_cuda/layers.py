@@ -103,8 +103,8 @@ class Activation:
     second: Tensor | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The activation of ``z``, which stays as it is."""
-        value: Tensor = self.module(z)
+        """The activation of ``z``, which stays as it is where the module works in place."""
+        value: Tensor = self.module(z.clone() if getattr(self.module, "inplace", False) else z)
         return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .layers import Activation, Operator, at
@@ -60,7 +60,7 @@ class Propagation:
             activation.second,
         )
         if not activation.kind:
-            self.values, self.half_width = _monotone(activation.module, self.values, self.half_width)
+            self.values, self.half_width = _monotone(activation, self.values, self.half_width)
         if operator is None:
             return
         if not self.local and activation.kind == "clipped_maxmin":
@@ -96,8 +96,8 @@ class Propagation:
         self.column_mask = None if self.column_mask is None else self.column_mask.flatten(1)
 
 
-def _monotone(module: nn.Module, values: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
+def _monotone(activation: Activation, values: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
     """Box through a monotone elementwise activation with slopes in [0, 1]."""
     clean, centre = values.chunk(2)
-    lower, upper = module(centre - half_width), module(centre + half_width)
-    return torch.cat([module(clean), (lower + upper) / 2]), (upper - lower) / 2
+    lower, upper = activation(centre - half_width), activation(centre + half_width)
+    return torch.cat([activation(clean), (lower + upper) / 2]), (upper - lower) / 2

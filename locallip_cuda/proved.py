@@ -85,7 +85,7 @@ class Rounded:
     """An activation on end points: what it maps them to, and what can still vary between them."""
 
     def __init__(self, activation: Activation) -> None:
-        self.kind, self.module = activation.kind, activation.module
+        self.kind, self.activation = activation.kind, activation
         self.first = None if activation.first is None else activation.first.detach().double()
         self.second = None if activation.second is None else activation.second.detach().double()
 
@@ -100,12 +100,12 @@ class Rounded:
                 assert self.first is not None
                 return torch.minimum(z.clamp_min(0), self.first)
             case "maxmin" | "clipped_maxmin":
-                a, b = halves(type(self.module).__name__, z)
+                a, b = halves(type(self.activation.module).__name__, z)
                 largest, smallest = torch.maximum(a, b), torch.minimum(a, b)
                 if self.first is not None and self.second is not None:
                     largest, smallest = torch.minimum(largest, self.first), torch.maximum(smallest, self.second)
                 return torch.cat([largest, smallest], 1)
-        value: Tensor = self.module(z)
+        value = self.activation(z)
         return value + direction * (SMOOTH_ERROR * UNIT * (1 + value.abs()) + TINY)
 
     def varying(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +172,7 @@ class ProvedPropagation:
             if self.centre is not None and self.half_width is not None:
                 self.centre, self.half_width = affine(in_float64, self.centre, self.half_width)
             norms = row_norms(in_float64, considered)
-        activation.module(self.values[:1])  # raises where its shape does not fit
+        activation(self.values[:1])  # raises where its shape does not fit
         reach = self.reach.view(-1, *[1] * len(self.values.shape[1:]))
         lower, upper = _end_points(self.values, up(up(reach * norms) + self.error))
         if self.centre is not None and self.half_width is not None:

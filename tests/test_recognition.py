@@ -388,3 +388,61 @@ def test_the_zoo_in_float32_agrees(name: str) -> None:
     model = copy.deepcopy(ZOO[name][0]).float()
     b = ll.local_bounds(model, zoo_input(name, 4).float(), 0.1)
     torch.testing.assert_close(b.logits, model(zoo_input(name, 4).float()))
+
+
+# --- activations that work in place -----------------------------------------------------------------------------------
+
+IN_PLACE = {
+    "relu": nn.ReLU,
+    "leaky relu": lambda inplace: nn.LeakyReLU(0.1, inplace),
+    "elu": lambda inplace: nn.ELU(0.7, inplace),
+}
+
+
+@every_guarantee
+def test_leaky_relu_in_place_by_hand(guarantee: str) -> None:
+    """Class 0 leads by 0.2 - 0.1 |x| for x < 0: it does not within 1.5 of -1."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.LeakyReLU(0.1, inplace=True), nn.Linear(1, 2)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[0].bias.zero_()
+        model[2].weight.copy_(torch.tensor([[1.0], [0.0]]))
+        model[2].bias.copy_(torch.tensor([0.2, 0.0]))
+    x = torch.tensor([[-1.0]], dtype=torch.float64)
+    certificate = ll.certify(model, x, 1.5, guarantee=guarantee)
+    assert certificate.prediction.tolist() == [0] and model(torch.tensor([[-2.5]]).double()).argmax() == 1
+    assert not certificate.certified and ll.certify(model, x, 0.9, guarantee=guarantee).certified
+
+
+@every_guarantee
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_is_what_it_is_out_of_place(name: str, first: bool, guarantee: str) -> None:
+    def build(inplace: bool) -> nn.Sequential:
+        start = [nn.Identity(), IN_PLACE[name](inplace)] if first else []
+        rest = [
+            linear(0, 6, 8),
+            IN_PLACE[name](inplace),
+            nn.Linear(8, 8).double(),
+            IN_PLACE[name](inplace),
+            linear(2, 8, 3),
+        ]
+        rest[2].load_state_dict(linear(7, 8, 8).state_dict())
+        return nn.Sequential(*start, *rest)
+
+    x, y = normal(9, 16, 6), torch.arange(16) % 3
+    kept = x.clone()
+    apart, within = (ll.local_bounds(build(inplace), x, 0.1, guarantee=guarantee) for inplace in (False, True))
+    assert torch.equal(x, kept), "the user's own x is left alone"
+    for field in ("logits", "radius", "lower", "upper", "features"):
+        torch.testing.assert_close(
+            getattr(within, field),
+            getattr(apart, field),
+            rtol=1e-2 if guarantee == "probabilistic" else 1e-12,
+            atol=1e-2 if guarantee == "probabilistic" else 1e-12,
+        )
+    if guarantee == "estimate":
+        model = build(True)
+        ll.losses.robust_cross_entropy(ll.local_bounds(model, x, 0.1), y).backward()
+        assert all(p.grad is not None for p in model.parameters())
+    assert_certificates_hold(build(True), x, 0.05, guarantee)
