@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from . import agreement, ops
 from .layers import IDENTITY, OPERATORS, SUPPORTED, Activation, Leaf, Operator, UnsupportedModuleError, at, leaves
-from .norms import ESTIMATE_ITERATIONS, check_guarantee, described, norm_bound, values_are_at_hand
+from .norms import (
+    ESTIMATE_ITERATIONS,
+    check_guarantee,
+    described,
+    norm_bound,
+    stated_failure_probability,
+    values_are_at_hand,
+)
 from .propagation import Propagation
 from .proved import ProvedPropagation, affine, check_provable, gains
 from .rounding import textbook_products, up
@@ -125,12 +132,17 @@ class ProvedBounds(LocalBounds):
 
     Attributes:
         feature_error, logit_error: (B, h), (B, K) how far the real clean values may be from ``features``, ``logits``.
-        failure_probability: of the probabilistic guarantee, for one sample.
+        failure_probability: that the statement on one sample is wrong: 0 under the deterministic guarantee; 1 with a
+            seed.
+        seed: of the random vectors, if one was given; it voids the probabilistic guarantee.
+        share: of the failure probability, for each norm of global_lipschitz.
     """
 
     feature_error: Tensor
     logit_error: Tensor
     failure_probability: float
+    seed: int | None
+    share: float
 
     @cached_property
     def global_lipschitz(self) -> Tensor:
@@ -138,9 +150,10 @@ class ProvedBounds(LocalBounds):
         product = self.radius.new_ones(())
         with textbook_products(product.device.type):
             for operator, sizes in self.operators:
-                share = self.failure_probability / len(self.operators)
                 shape, geometry = [1, *sizes], operator.geometry
-                norm, _ = norm_bound(operator.weight, None, None, shape, geometry, self.guarantee, share)
+                norm, _ = norm_bound(
+                    operator.weight, None, None, shape, geometry, self.guarantee, self.share, seed=self.seed
+                )
                 product = up(up(product * norm[0]) * (1 + operator.relative_error))
         return product
 
@@ -195,6 +208,7 @@ def local_bounds(
     iterations: int = 4,
     guarantee: str = "estimate",
     failure_probability: float = 1e-9,
+    seed: int | None = None,
 ) -> LocalBounds:
     """Bounds of ``model`` over the l2 ball of radius ``eps`` around each sample of ``x``, differentiable in both
     unless they are to be proved.
@@ -214,13 +228,14 @@ def local_bounds(
         guarantee: "estimate": differentiable, for training; norms are Rayleigh quotients, which can be too small, so
             nothing is proved. "probabilistic", "deterministic": :class:`ProvedBounds`, in float64 with all rounding
             accounted for and without gradients; the norms are those of :func:`locallip_cuda.masked_norm_bound`.
-        failure_probability: of the probabilistic guarantee, over all layers of one sample.
+        failure_probability: of the probabilistic guarantee, over all layers of one sample; at least 2^-96 a layer.
+        seed: repeats the random vectors of the probabilistic guarantee, and voids it against whoever knew the seed.
 
     Raises:
         UnsupportedModuleError (a TypeError): a module without a bound, or without a proof, by its path in the model.
         ValueError, TypeError: arguments that do not fit, NaN or infinite weights (on a CPU; on a GPU they give NaN).
     """
-    check_guarantee(guarantee, failure_probability)
+    check_guarantee(guarantee, failure_probability, seed)
     if radius not in ("local", "global"):
         raise ValueError(f"radius: got {radius!r}, want 'local' or 'global'")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
@@ -247,7 +262,7 @@ def local_bounds(
     check_provable(modules)
     with torch.no_grad(), textbook_products(x.device.type):
         count = sum(leaf.kind in OPERATORS for leaf in hidden)
-        proved = ProvedPropagation(x, radii, radius, guarantee, failure_probability, count)
+        proved = ProvedPropagation(x, radii, radius, guarantee, failure_probability, seed, count)
         _pass(hidden, proved)
         bounds = _proved(proved, last, failure_probability)
         if agreement.is_due(model, x, proof=True):
@@ -339,5 +354,7 @@ def _proved(done: ProvedPropagation, last: Leaf, failure_probability: float) -> 
         operators=done.operators,
         feature_error=done.error,
         logit_error=logit_error,
-        failure_probability=failure_probability,
+        failure_probability=stated_failure_probability(done.guarantee, failure_probability, done.seed),
+        seed=done.seed,
+        share=failure_probability / max(len(done.operators), 1),
     )

@@ -18,7 +18,8 @@ class Certificate(NamedTuple):
     prediction: (B,) int64. certified: (B,) bool, margin > 0. margin: (B,) bound over the ball of the predicted logit
     minus the best other. lipschitz: (B,) bound of the map to the last layer's input. guarantee: what they are
     worth; "estimate" proves nothing. failure_probability: chance that the statement is wrong for a sample: 0 for a
-    deterministic proof, 1 for an estimate.
+    deterministic proof, 1 for an estimate. seed: the one given for repetition; it voids the probabilistic guarantee,
+    and makes the failure probability 1.
     """
 
     prediction: Tensor
@@ -27,6 +28,7 @@ class Certificate(NamedTuple):
     lipschitz: Tensor
     guarantee: str
     failure_probability: float
+    seed: int | None = None
 
 
 @torch.no_grad()
@@ -37,14 +39,15 @@ def certify(
     *,
     guarantee: str = "probabilistic",
     failure_probability: float = 1e-9,
+    seed: int | None = None,
 ) -> Certificate:
     """Certify the predictions of ``model`` on ``x`` (B, *input) against l2 perturbations up to ``eps``.
 
     ``eps`` is a number or (B,). A proved certificate speaks of the network in real arithmetic with its weights as they
     are stored: no input within ``eps`` of the sample has another class. It is wrong with at most
-    ``failure_probability`` for a sample under guarantee "probabilistic", and never under "deterministic"; "estimate"
-    proves nothing. Memory grows with B, so certify many samples in batches. Arguments, errors and dtypes as
-    :func:`locallip_cuda.local_bounds`.
+    ``failure_probability`` for a sample under guarantee "probabilistic", whose random vectors are fresh at every call
+    (a ``seed`` repeats them, and voids it), and never under "deterministic"; "estimate" proves nothing. Memory grows
+    with B, so certify many samples in batches. Arguments, errors and dtypes as :func:`locallip_cuda.local_bounds`.
 
     A model has two outputs or more. To certify the sign of a single output w . h + b, give it the Linear with weight
     [-w, w] and bias [-b, b] as its last layer: class 1 is the positive sign, and the margin is twice |w . h + b|'s.
@@ -56,11 +59,12 @@ def certify(
         iterations=ESTIMATE_ITERATIONS,
         guarantee=guarantee,
         failure_probability=failure_probability,
+        seed=seed,
     )
     margin = b.margin()
     prediction = b.logits.argmax(1)
-    stated = stated_failure_probability(guarantee, failure_probability)
-    return Certificate(prediction, margin > 0, margin, b.lipschitz, guarantee, stated)
+    stated = stated_failure_probability(guarantee, failure_probability, seed)
+    return Certificate(prediction, margin > 0, margin, b.lipschitz, guarantee, stated, seed)
 
 
 def certified_radius(

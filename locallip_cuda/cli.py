@@ -175,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         metavar="N",
-        help="of the random vectors of attack and proofs; a probabilistic guarantee holds only where whoever chose the "
-        "network did not know it (default: drawn afresh, and written down)",
+        help="of the random vectors of attack and proofs, for repetition; a probabilistic guarantee is void with it "
+        "(default: one drawn afresh and written down for the attack, the operating system's entropy for proofs)",
     )
     certifier.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     certifier.set_defaults(run=_certify)
@@ -288,6 +288,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             batch_size=arguments.batch_size,
             limit=arguments.limit,
             attack_steps=arguments.attack_steps,
+            proof_seed=arguments.seed,
             quiet=not sys.stderr.isatty(),
         )
     except KeyboardInterrupt:

@@ -36,7 +36,8 @@ class Certified:
         tried: how many samples were put to it. A proof is tried where the estimate certifies: a proved norm is not
             below the estimate but for rounding, so that it would fail on the others.
         seconds: time it took for those.
-        failure_probability: of the statement on one sample; 1 for an estimate, which states nothing.
+        failure_probability: of the statement on one sample; 1 for an estimate, which states nothing, and for a proof
+            whose random vectors were given by a seed.
         broken: samples certified that the attack misclassifies nevertheless; above 0 this refutes the guarantee.
     """
 
@@ -60,7 +61,8 @@ class Measurement:
         lipschitz_global_estimate: the global one.
         curve_estimate: rows (radius, certified accuracy with the local bound, with the global bound).
         seconds: time each stage took.
-        seed: of the random vectors of attack and proofs.
+        seed: of the random vectors of the attack.
+        proof_seed: of those of the proofs, if it was given; it voids the probabilistic guarantee.
         per_sample: index, label, prediction, whether the attack failed, largest radius of the curve certified by the
             estimate, and under "guarantees" margin, Lipschitz constant and verdict of every guarantee tried.
     """
@@ -76,6 +78,7 @@ class Measurement:
     curve_estimate: list[tuple[float, float, float]]
     seconds: dict[str, float]
     seed: int
+    proof_seed: int | None
     per_sample: list[dict[str, Any]]
 
 
@@ -115,12 +118,13 @@ class _Examiner:
         iterations: int,
         attack_steps: int,
         seed: int,
+        proof_seed: int | None,
         seconds: dict[str, float],
         bar: Any,
     ) -> None:
         self.model, self.eps, self.radius, self.proofs = model, eps, radius, proofs
         self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
-        self.seed, self.seconds, self.bar = seed, seconds, bar
+        self.seed, self.proof_seed, self.seconds, self.bar = seed, proof_seed, seconds, bar
 
     def __call__(self, batch: _Batch) -> list[dict[str, Any]]:
         x, y = batch.x, batch.y
@@ -149,7 +153,6 @@ class _Examiner:
             for i in range(len(y))
         ]
         for guarantee in self.proofs:
-            torch.manual_seed(self.seed + batch.indices[0])
             for part in torch.split(certified.nonzero()[:, 0], PROOF_BATCH):
                 with self._stage(guarantee, x):
                     margin, lipschitz = self._proved(x[part], y[part], guarantee)
@@ -180,6 +183,7 @@ class _Examiner:
             radius=self.radius,
             guarantee=guarantee,
             failure_probability=self.failure_probability,
+            seed=self.proof_seed if guarantee == "probabilistic" else None,
         )
         return bounds.margin(y), bounds.lipschitz
 
@@ -226,14 +230,16 @@ def measure(
     batch_size: int = 64,
     limit: int | None = None,
     attack_steps: int = 100,
+    proof_seed: int | None = None,
     quiet: bool = True,
 ) -> Measurement:
     """Measure ``model`` on the first ``limit`` samples of ``dataset`` (all by default) at l2 radius ``eps``.
 
-    journal: what is done already, and where results are kept, batch by batch; its seed is the one of attack and proofs.
+    journal: what is done already, and where results are kept, batch by batch; its seed is the attack's.
     radius: how the local bound grows its boxes, see :func:`locallip_cuda.local_bounds`.   guarantees: those to prove,
     beside the estimate.   failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
-    estimated norms.   attack_steps: steps of size eps / 4.
+    estimated norms.   attack_steps: steps of size eps / 4.   proof_seed: repeats the proofs' random vectors, and voids
+    the probabilistic guarantee.
 
     ValueError for bad numbers; UnsupportedModuleError for a network without bounds, or without the proof asked for.
     """
@@ -253,12 +259,19 @@ def measure(
     device = next(model.parameters()).device
     dataset = dataset[:limit]
     count, seconds = len(dataset), journal.seconds
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        tqdm(total=count, unit="sample", leave=False, disable=quiet, dynamic_ncols=True) as bar,
-    ):
+    with tqdm(total=count, unit="sample", leave=False, disable=quiet, dynamic_ncols=True) as bar:
         examine = _Examiner(
-            model, eps, radius, proofs, failure_probability, iterations, attack_steps, journal.seed, seconds, bar
+            model,
+            eps,
+            radius,
+            proofs,
+            failure_probability,
+            iterations,
+            attack_steps,
+            journal.seed,
+            proof_seed,
+            seconds,
+            bar,
         )
         for first in range(0, count, batch_size):
             indices = list(range(first, min(first + batch_size, count)))
@@ -273,7 +286,7 @@ def measure(
         first_bounds = local_bounds(model, x, eps, radius=radius, iterations=iterations)
         lipschitz_global = float(first_bounds.global_lipschitz)
         seconds["global bound"] = time.perf_counter() - started
-    return _summary(journal, count, eps, proofs, failure_probability, last.weight, lipschitz_global)
+    return _summary(journal, count, eps, proofs, failure_probability, proof_seed, last.weight, lipschitz_global)
 
 
 def _summary(
@@ -282,6 +295,7 @@ def _summary(
     eps: float,
     proofs: Sequence[str],
     failure_probability: float,
+    proof_seed: int | None,
     last_weight: Tensor,
     lipschitz_global: float,
 ) -> Measurement:
@@ -302,7 +316,7 @@ def _summary(
             accuracy=len(yes) / count,
             tried=len(tried),
             seconds=journal.seconds.get(guarantee, 0.0),
-            failure_probability=stated_failure_probability(guarantee, failure_probability),
+            failure_probability=stated_failure_probability(guarantee, failure_probability, proof_seed),
             broken=sum(not r["attack_failed"] for r in yes),
         )
 
@@ -318,5 +332,6 @@ def _summary(
         curve_estimate=[(f * eps, share(correct & (reach >= f)), share(correct & (radii > f * eps))) for f in CURVE],
         seconds=dict(journal.seconds),
         seed=journal.seed,
+        proof_seed=proof_seed,
         per_sample=results,
     )

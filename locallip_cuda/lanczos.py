@@ -24,13 +24,20 @@ most 4u.
 
 Because a level below these residuals would prove nothing, there are as many starts as let each miss with a probability
 of 1e-5 or more. Two, at the default failure probability, need a fifth more applications than one would.
+
+Entropy. "Whatever A is" includes an A made by someone who knows how the vectors are drawn, and can make v orthogonal to
+n - 1 of them. Every start has a stream of its own, numpy's Philox with 128 bits of key from the operating system: it is
+among those with a probability below n 2^-128. A seed that can be guessed voids the promise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+import secrets
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +47,9 @@ from . import ops
 from .rounding import TINY, UNIT, exponent_of, gamma, power_of_two, rescaled, up
 
 LEAST_MISS = 1e-5
+KEY_BITS = 128
+# What a key leaves against 2^32 prepared vectors. Several starts have several keys, but no more is promised.
+LEAST_FAILURE_PROBABILITY = 2.0 ** (32 - KEY_BITS)
 UNDERFLOW = 2.0**-80
 
 # Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, on a GPU enough to fill it.
@@ -102,6 +112,23 @@ def _enough_steps(level: float, tightness: float) -> int:
     return math.ceil(math.log(2 / level) / (2 * math.sqrt(gap)))
 
 
+def check_entropy(failure_probability: float) -> None:
+    """ValueError for a failure probability of one norm that the entropy of the start vectors does not allow."""
+    if failure_probability < LEAST_FAILURE_PROBABILITY:
+        raise ValueError(
+            f"failure_probability: got {failure_probability:.3g} for a norm, want at least 2^-96 = "
+            f"{LEAST_FAILURE_PROBABILITY:.3g}: the entropy of the random start vectors allows no less"
+        )
+
+
+def _gaussian(count: int, units: int, randbits: Callable[[int], int]) -> Tensor:
+    """(count, units) standard normal numbers, float64 on the CPU, each row from a Philox stream under its own key."""
+    rows = np.empty((count, units))
+    for row in rows:
+        np.random.Generator(np.random.Philox(key=randbits(KEY_BITS))).standard_normal(out=row)
+    return torch.from_numpy(rows)
+
+
 def probable_norms(
     weight: Tensor,
     row_mask: Tensor | None,
@@ -113,14 +140,17 @@ def probable_norms(
     groups: int,
     failure_probability: float,
     tightness: float,
-    generator: torch.Generator | None = None,
+    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(upper, estimate), float64 (B,): each ``upper`` holds with probability 1 - failure_probability.
 
     ``weight``: float64, scaled so that its largest entry is near 1. Shapes as :func:`locallip_cuda.ops.masked_norm`.
     ``upper`` is within a factor 1 + ``tightness`` of the estimate, but for operators so badly scaled that rounding
-    swamps them; these get a wider bound. The random vectors come from ``generator``, torch's global one by default.
+    swamps them; these get a wider bound. The keys of the random vectors come from the operating system, or follow from
+    ``seed``, for repetition: then nothing is promised against whoever knew it.
     """
+    check_entropy(failure_probability)
+    randbits = secrets.randbits if seed is None else random.Random(seed).getrandbits
     conv = (stride, padding, dilation, groups)
     absolute = absolute_norms(weight, row_mask, col_mask, input_shape, *conv)
     upper, estimate = absolute.clone(), torch.zeros_like(absolute)
@@ -131,7 +161,7 @@ def probable_norms(
         rows, cols = (None if mask is None else mask[part] for mask in (row_mask, col_mask))
         shape = [len(part), *input_shape[1:]]
         found = _bounds_of_chunk(
-            weight, rows, cols, shape, conv, absolute[part], starts, failure_probability, tightness, generator
+            weight, rows, cols, shape, conv, absolute[part], starts, failure_probability, tightness, randbits
         )
         upper[part], estimate[part] = torch.minimum(upper[part], found[0]), found[1]
     return upper, estimate
@@ -147,7 +177,7 @@ def _bounds_of_chunk(
     starts: int,
     failure_probability: float,
     tightness: float,
-    generator: torch.Generator | None,
+    randbits: Callable[[int], int],
 ) -> tuple[Tensor, Tensor]:
     batch, sizes = len(absolute), input_shape[1:]
 
@@ -160,7 +190,7 @@ def _bounds_of_chunk(
     rows = column(power) if row_mask is None else row_mask * column(power)
     cols = column(power) if col_mask is None else col_mask * column(power)
     rows, cols = rows.repeat_interleave(starts, 0), cols.repeat_interleave(starts, 0)
-    q = torch.randn(starts * batch, *sizes, dtype=weight.dtype, device=weight.device, generator=generator)
+    q = _gaussian(starts * batch, math.prod(sizes), randbits).to(weight.device).view(-1, *sizes)
     if weight.dim() == 4:
         q, rows, cols = (t.contiguous(memory_format=torch.channels_last) for t in (q, rows, cols))
     q = q if col_mask is None else torch.where(cols != 0, q, 0)

@@ -12,20 +12,22 @@ from torch import Tensor
 
 from . import ops
 from .cholesky import proved_norms
-from .lanczos import absolute_norms, probable_norms
+from .lanczos import absolute_norms, check_entropy, probable_norms
 from .rounding import TINY, exponent_of, power_of_two, rescaled, rounded_up, textbook_products, up
 
 
 class NormBound(NamedTuple):
     """What :func:`masked_norm_bound` returns: ``upper`` and ``estimate`` of shape (B,), and what ``upper`` is worth.
 
-    ``failure_probability`` is the chance that one ``upper`` is too small: 0 for a proof, 1 for an estimate.
+    ``failure_probability`` is the chance that one ``upper`` is too small: 0 for a proof, 1 for an estimate, and 1 where
+    a ``seed`` was given, which voids the promise.
     """
 
     upper: Tensor
     estimate: Tensor
     guarantee: str
     failure_probability: float
+    seed: int | None = None
 
 
 # enough for a converged value on every operator but those with a minute gap, where the value is as good
@@ -34,10 +36,12 @@ ESTIMATE_ITERATIONS = 100
 # units of all samples that the solver's 16 vectors are held for at a time
 ESTIMATE_CHUNK = 2**24
 
-# relative width of a probabilistic bound, and of the run whose estimate a deterministic one starts from: where that has
-# not converged a factorisation fails, which costs more than the steps
+# relative width of a probabilistic bound
 TIGHTNESS = 5e-3
-CONVERGED = 1e-3
+
+# failure probability, relative width and seed of the run whose estimate a deterministic bound starts from: where that
+# has not converged a factorisation fails, which costs more than the steps
+SEARCH = (1e-9, 1e-3, 0)
 
 GUARANTEES = ("estimate", "probabilistic", "deterministic")
 
@@ -51,19 +55,28 @@ def described(value: object) -> str:
     return f"{name} of {getattr(value, 'dtype', None)}" if getattr(value, "ndim", 0) else name
 
 
-def check_guarantee(guarantee: str, failure_probability: float) -> None:
-    """ValueError for an unknown guarantee or a number that is no probability."""
+def check_guarantee(guarantee: str, failure_probability: float, seed: int | None = None) -> None:
+    """ValueError or TypeError for an unknown guarantee, a number that is no probability, or no possible one, or a seed
+    that is no integer or would not be used."""
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee: got {guarantee!r}, want one of {', '.join(map(repr, GUARANTEES))}")
     if isinstance(failure_probability, bool) or not isinstance(failure_probability, (int, float)):
         raise TypeError(f"failure_probability: got {described(failure_probability)}, want a number in (0, 1)")
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability: got {failure_probability}, want a number in (0, 1)")
+    if guarantee == "probabilistic":
+        check_entropy(failure_probability)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed: got {described(seed)}, want an int or None")
+    if seed is not None and guarantee != "probabilistic":
+        raise ValueError(f"seed: got {seed} under guarantee {guarantee!r}, want None: nothing in it is random")
 
 
-def stated_failure_probability(guarantee: str, failure_probability: float) -> float:
-    """What a result under ``guarantee`` says of itself: a proof never fails, an estimate may always."""
-    return {"estimate": 1.0, "probabilistic": failure_probability, "deterministic": 0.0}[guarantee]
+def stated_failure_probability(guarantee: str, failure_probability: float, seed: int | None) -> float:
+    """What a result under ``guarantee`` says of itself: a proof never fails; an estimate, and one whose random numbers
+    somebody knew, may always."""
+    probable = failure_probability if seed is None else 1.0
+    return {"estimate": 1.0, "probabilistic": probable, "deterministic": 0.0}[guarantee]
 
 
 def values_are_at_hand(t: Tensor) -> bool:
@@ -272,6 +285,7 @@ def masked_norm_bound(
     guarantee: str = "probabilistic",
     failure_probability: float = 1e-9,
     tightness: float = TIGHTNESS,
+    seed: int | None = None,
 ) -> NormBound:
     """Upper bounds of masked operator norms, of the weights as they are stored, that name their guarantee.
 
@@ -280,29 +294,32 @@ def masked_norm_bound(
 
     Args:
         guarantee: "probabilistic": right with probability 1 - failure_probability for each sample, over random vectors
-            from torch's global generator (:mod:`locallip_cuda.lanczos`). "deterministic": proved by a Cholesky
+            from the operating system's entropy (:mod:`locallip_cuda.lanczos`). "deterministic": proved by a Cholesky
             factorisation (:mod:`locallip_cuda.cholesky`), on the CPU, usually within 1e-6 of the norm; for large
             convolutions it takes seconds a sample. "estimate": ``upper`` repeats the estimate and proves nothing.
-        failure_probability: in (0, 1), of the probabilistic guarantee for one sample.
+        failure_probability: in [2^-96, 1), of the probabilistic guarantee for one sample.
         tightness: relative width of the probabilistic bound; half of it takes at most 1.4 times the steps.
+        seed: repeats the random vectors of the probabilistic guarantee, and voids it: whoever knew the seed can have
+            chosen weights for which the bound is wrong. The result says so.
 
     Returns:
         NormBound: ``upper`` (B,) in weight's dtype, rounded up, exactly 0 for an empty mask; ``estimate`` (B,);
-        the guarantee; the failure probability: 0 for "deterministic", 1 for "estimate".
+        the guarantee; the failure probability: 0 for "deterministic", 1 for "estimate" and with a seed; the seed.
     """
-    check_guarantee(guarantee, failure_probability)
+    check_guarantee(guarantee, failure_probability, seed)
     if isinstance(tightness, bool) or not isinstance(tightness, (int, float)) or not 1e-6 <= tightness < math.inf:
         raise ValueError(f"tightness: got {tightness!r}, want a number >= 1e-6")
     conv = (stride, padding, dilation, groups)
     input_shape, geometry = _check_operator(weight, row_mask, col_mask, input_size, *conv)
     upper, estimate = norm_bound(
-        weight, row_mask, col_mask, input_shape, geometry, guarantee, failure_probability, tightness
+        weight, row_mask, col_mask, input_shape, geometry, guarantee, failure_probability, tightness, seed
     )
     return NormBound(
         estimate.to(weight.dtype) if guarantee == "estimate" else rounded_up(upper, weight.dtype),
         estimate.to(weight.dtype),
         guarantee,
-        stated_failure_probability(guarantee, failure_probability),
+        stated_failure_probability(guarantee, failure_probability, seed),
+        seed,
     )
 
 
@@ -316,6 +333,7 @@ def norm_bound(
     guarantee: str,
     failure_probability: float,
     tightness: float = TIGHTNESS,
+    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(upper, estimate), float64 (B,): :func:`masked_norm_bound` without its checks of shapes."""
     largest = weight.detach().abs().amax().double().cpu()
@@ -330,11 +348,9 @@ def norm_bound(
         if guarantee == "estimate":
             estimate = _estimates(scaled.to(weight.dtype), row_mask, col_mask, input_shape, geometry)
             return estimate * power.item(), estimate * power.item()
-        # the same random vectors at every call, where nothing depends on them but the width
-        generator = None
-        if guarantee == "deterministic":
-            generator, tightness = torch.Generator(weight.device).manual_seed(0), CONVERGED
-        upper, estimate = probable_norms(scaled, *arguments, failure_probability, tightness, generator)
+        if guarantee == "deterministic":  # the same random vectors at every call: nothing depends on them but the width
+            failure_probability, tightness, seed = SEARCH
+        upper, estimate = probable_norms(scaled, *arguments, failure_probability, tightness, seed)
         if guarantee == "deterministic":
             rows, cols = (None if mask is None else mask.cpu() for mask in (row_mask, col_mask))
             upper = proved_norms(
@@ -375,7 +391,6 @@ def _proved_global_norm(scaled: Tensor, input_shape: Sequence[int], geometry: Ge
     key = (content, tuple(scaled.shape), tuple(input_shape[1:]), str(geometry))
     if key not in _global_norms:
         arguments = (None, None, [1, *input_shape[1:]], *geometry)
-        generator = torch.Generator().manual_seed(0)
-        _, estimate = probable_norms(scaled, *arguments, 1e-9, CONVERGED, generator)
+        _, estimate = probable_norms(scaled, *arguments, *SEARCH)
         _global_norms[key] = float(proved_norms(scaled, None, None, estimate, *arguments[2:]))
     return _global_norms[key]

@@ -138,7 +138,14 @@ class ProvedPropagation:
     """The state of one pass: what is proved of the values behind the layers that have been passed."""
 
     def __init__(
-        self, x: Tensor, eps: Tensor, radius: str, guarantee: str, failure_probability: float, operators: int
+        self,
+        x: Tensor,
+        eps: Tensor,
+        radius: str,
+        guarantee: str,
+        failure_probability: float,
+        seed: int | None,
+        operators: int,
     ) -> None:
         """``operators``: how many there are, the last one not counted; they share the failure probability."""
         if not bool(x.isfinite().all()):
@@ -146,7 +153,7 @@ class ProvedPropagation:
         self.batch, self.eps, self.local, self.guarantee = len(x), eps.double(), radius == "local", guarantee
         self.dtype = x.dtype
         norms = max(operators * (1 if self.local else 2), 1)
-        self.failure_probability = failure_probability / norms
+        self.failure_probability, self.seed = failure_probability / norms, seed
         self.values = x.detach().double()
         self.error = torch.zeros_like(self.values)
         # as in the estimate: at the input the ball lies inside the box, and needs none behind the first operator
@@ -217,6 +224,7 @@ class ProvedPropagation:
                 self.guarantee,
                 self.failure_probability,
                 TIGHTNESS,
+                self.seed,
             )
         except ValueError as error:
             raise ValueError(f"{at(path)}: {error}") from None

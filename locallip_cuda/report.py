@@ -30,11 +30,19 @@ CAVEAT = {
     ),
     "deterministic": "deterministic: proved for the network in real arithmetic with its weights as stored.",
 }
+VOID = (
+    "probabilistic, void: its random vectors follow from the seed {seed}; nothing is promised against whoever knew it."
+)
 
 
 def caveats(measurement: Measurement) -> list[str]:
     """What each guarantee of the measurement is worth, in plain words."""
-    return [CAVEAT[name].format(failure_probability=c.failure_probability) for name, c in measurement.certified.items()]
+    lines = []
+    for name, c in measurement.certified.items():
+        void = name == "probabilistic" and measurement.proof_seed is not None
+        text = VOID.format(seed=measurement.proof_seed) if void else CAVEAT[name]
+        lines.append(text.format(failure_probability=c.failure_probability))
+    return lines
 
 
 def table(measurement: Measurement, title: str) -> str:

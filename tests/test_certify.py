@@ -28,10 +28,12 @@ def setting(device: str, trained: Callable[[str], nn.Sequential], digits: tuple[
 @every_guarantee
 def test_fields(guarantee: str, setting: Setting, device: str) -> None:
     model, x = setting
-    torch.manual_seed(0)
-    c = ll.certify(model, x, 0.2, guarantee=guarantee)
-    torch.manual_seed(0)
-    b = ll.local_bounds(model, x, 0.2, iterations=100, guarantee=guarantee)
+    seed = 0 if guarantee == "probabilistic" else None
+    c = ll.certify(model, x, 0.2, guarantee=guarantee, seed=seed)
+    b = ll.local_bounds(model, x, 0.2, iterations=100, guarantee=guarantee, seed=seed)
+    assert c.seed == seed and c.failure_probability == (0 if guarantee == "deterministic" else 1)
+    if isinstance(b, ll.ProvedBounds):
+        assert b.seed == seed and b.failure_probability == c.failure_probability
     assert torch.equal(c.prediction, model(x).argmax(1)) and c.prediction.dtype == torch.int64
     assert c.certified.dtype == torch.bool and torch.equal(c.certified, c.margin > 0)
     torch.testing.assert_close(c.margin, b.margin(), rtol=1e-6, atol=1e-8)

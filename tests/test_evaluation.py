@@ -73,7 +73,7 @@ def test_proofs(trained: Trained, measured: evaluation.Measurement) -> None:
 def test_a_stopped_measurement_goes_on(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in its third batch, it does that one again and no other, and ends with the same figures."""
     settings: dict[str, Any] = {"iterations": 5, "attack_steps": 2, "batch_size": 16, "limit": 60}
-    settings["guarantees"] = ["probabilistic"]
+    settings |= {"guarantees": ["probabilistic"], "proof_seed": 0}
     (tmp_path / "whole").mkdir()
     whole = measure(trained, tmp_path / "whole", **settings)
     examined: list[int] = []
@@ -97,6 +97,8 @@ def test_a_stopped_measurement_goes_on(trained: Trained, tmp_path: Path, monkeyp
     assert examined == [0, 16, 32, 48]
     assert again.per_sample == whole.per_sample and again.curve_estimate == whole.curve_estimate
     assert again.seconds["estimate"] > 0
+    assert again.proof_seed == 0 and again.certified["probabilistic"].failure_probability == 1
+    assert any("void: its random vectors follow from the seed 0" in line for line in report.caveats(again))
 
 
 def test_a_journal_answers_its_own_question_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from helpers import DEVICES, generator, true_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import locallip_cuda as ll
 from locallip_cuda import lanczos
@@ -136,25 +137,101 @@ def test_failures_are_as_rare_as_promised(least_miss: float, monkeypatch: pytest
     n, trials, probability = 400, 2000, 0.25
     weight = torch.diag(torch.linspace(0, 0.5, n, dtype=torch.float64))
     weight[7, 7] = 0.505
-    torch.manual_seed(0)
-    upper, _ = lanczos.probable_norms(
-        weight, None, torch.ones(trials, n, dtype=torch.bool), [trials, n], [1, 1], [0, 0], [1, 1], 1, probability, 0.01
-    )
+    everywhere, conv = torch.ones(trials, n, dtype=torch.bool), ([1, 1], [0, 0], [1, 1], 1)
+    upper, _ = lanczos.probable_norms(weight, None, everywhere, [trials, n], *conv, probability, 0.01, seed=0)
     fails = int((upper < 0.505).sum())
     assert 0 < fails <= probability * trials + 4 * math.sqrt(trials * probability * (1 - probability)), fails
 
 
 def test_random_vectors_are_fresh_and_can_be_repeated() -> None:
     weight = torch.randn(60, 60, generator=generator(10))
-    first, second = ll.masked_norm_bound(weight), ll.masked_norm_bound(weight)
-    assert first.upper != second.upper, "another start, another bound"
     torch.manual_seed(3)
-    third = ll.masked_norm_bound(weight)
+    first = ll.masked_norm_bound(weight)
     torch.manual_seed(3)
-    assert ll.masked_norm_bound(weight).upper == third.upper
+    state = torch.get_rng_state()
+    assert first.upper != ll.masked_norm_bound(weight).upper, "another start, another bound, whatever torch's seed is"
+    third, fourth = (ll.masked_norm_bound(weight, seed=seed) for seed in (3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert ll.masked_norm_bound(weight, seed=3).upper == third.upper != fourth.upper
+    assert first.seed is None and first.failure_probability == 1e-9
+    assert third.seed == 3 and third.failure_probability == 1, "a seed voids the promise, and the result says so"
 
 
-@pytest.mark.parametrize("probability", [0.5, 1e-3, 1e-9, 1e-30, 1e-200])
+def test_every_start_has_a_stream_of_its_own() -> None:
+    drawn = lanczos._gaussian(400, 50, random.Random(0).getrandbits)
+    assert drawn.shape == (400, 50) and drawn.dtype == torch.float64
+    assert len({tuple(row) for row in drawn.tolist()}) == 400
+    assert abs(drawn.mean()) < 5 / math.sqrt(drawn.numel()) and abs(drawn.var() - 1) < 5 * math.sqrt(2 / drawn.numel())
+    correlation = torch.corrcoef(drawn).fill_diagonal_(0)
+    assert correlation.abs().max() < 6.5 / math.sqrt(50)
+    keys: list[int] = []
+
+    def randbits(bits: int) -> int:
+        keys.append(bits)
+        return 2**127 + len(keys)
+
+    a, b = lanczos._gaussian(2, 50, randbits)
+    assert keys == [128, 128] and not torch.equal(a, b)
+    upper = lanczos._gaussian(1, 50, lambda bits: 2**127 + 1)
+    assert torch.equal(upper[0], a)
+    assert not torch.equal(lanczos._gaussian(1, 50, lambda bits: 1), upper), "the key's upper half counts too"
+
+
+SEEDS = 255
+
+
+def hidden_from(starts: Tensor) -> Tensor:
+    """A float32 matrix (512, 512) whose top singular vector has no component on the rows of ``starts`` (510, 512)."""
+    basis, _ = torch.linalg.qr(starts.double().T, mode="complete")
+    values = torch.linspace(0, 0.85, 512, dtype=torch.float64)
+    values[511] = 1.0
+    return ((basis * values) @ basis.T).float()
+
+
+def test_vectors_of_seeds_that_were_made_orthogonal() -> None:
+    """Two starts for each of 255 seeds, torch's and this package's own, and a layer whose top vector they all miss."""
+    everyone = torch.ones(1, 512, dtype=torch.bool)
+    torch_s = [torch.randn(2, 512, generator=generator(seed), dtype=torch.float64) for seed in range(SEEDS)]
+    own = [lanczos._gaussian(2, 512, random.Random(seed).getrandbits) for seed in range(SEEDS)]
+    for starts in (torch_s, own):
+        weight = hidden_from(torch.cat(starts))
+        true = torch.linalg.matrix_norm(weight.double(), 2).item()
+        assert abs(true - 1) < 1e-5
+        fresh = seeded = 0
+        for seed in range(SEEDS):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                fresh += ll.masked_norm_bound(weight, None, everyone).upper.item() < true
+            if starts is own:
+                void = ll.masked_norm_bound(weight, None, everyone, seed=seed)
+                assert void.failure_probability == 1
+                seeded += void.upper.item() < true
+        assert fresh == 0
+        assert seeded == (SEEDS if starts is own else 0), "vectors that are known can be hidden from"
+
+
+def test_no_network_is_certified_wrongly_by_a_known_seed() -> None:
+    """The norm is 1, and 0.85 is what the hidden vector leaves: between the two lie wrong certificates."""
+    starts = [torch.randn(2, 512, generator=generator(seed), dtype=torch.float64) for seed in range(SEEDS)]
+    weight = hidden_from(torch.cat(starts))
+    top = torch.linalg.svd(weight.double())[2][0]
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+        model[0].bias.zero_()
+        model[1].weight.copy_(torch.stack([top, -top]))
+        model[1].bias.copy_(torch.tensor([0.9, -0.9]))
+    x = torch.zeros(1, 512)
+    with torch.no_grad():
+        assert model((-0.99 * top).float().unsqueeze(0)).argmax() == 1, "class 0 is lost at a distance of 0.9"
+    for seed in range(SEEDS):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            assert not ll.certify(model, x, 0.99).certified
+    assert ll.certify(model, x, 0.85).certified
+
+
+@pytest.mark.parametrize("probability", [0.5, 1e-3, 1e-9, 1e-20, 2.0**-96])
 def test_failure_probabilities(probability: float) -> None:
     weight = torch.randn(80, 60, generator=generator(11), dtype=torch.float64)
     bound = ll.masked_norm_bound(weight, failure_probability=probability)
@@ -175,9 +252,17 @@ def test_bad_arguments() -> None:
     for tightness in (0.0, -1.0, math.nan, math.inf, "tight"):
         with pytest.raises(ValueError, match="tightness: got"):
             ll.masked_norm_bound(weight, tightness=tightness)  # type: ignore[arg-type]
-    for probability in (0.0, 1.0, -1.0, math.nan):
+    for probability in (0.0, 1.0, -1.0, math.nan, 2.0**-97):
         with pytest.raises(ValueError, match="failure_probability: got"):
             ll.masked_norm_bound(weight, failure_probability=probability)
+    layers = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"model.0: failure_probability: got .* for a norm, want at least 2\^-96"):
+        ll.certify(layers, torch.rand(1, 3), 0.1, failure_probability=2.0**-96)
+    assert ll.masked_norm_bound(weight, guarantee="deterministic", failure_probability=1e-200).failure_probability == 0
+    with pytest.raises(TypeError, match="seed: got float, want an int or None"):
+        ll.masked_norm_bound(weight, seed=1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed: got 1 under guarantee 'deterministic', want None"):
+        ll.certify(layers, torch.rand(1, 3), 0.1, guarantee="deterministic", seed=1)
     with pytest.raises(TypeError, match="failure_probability: got str"):
         ll.masked_norm_bound(weight, failure_probability="small")  # type: ignore[arg-type]
     for guarantee in ("probabilistic", "deterministic", "estimate"):
