@@ -100,9 +100,22 @@ struct Operator {
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups;
 
+  // In float64 without cuDNN, whose convolutions need not be sums of products, as the proofs have it: said in the call,
+  // because torch's switch is the whole process's.
   Tensor apply(const Tensor& x, const OptionalTensor& bias = std::nullopt) const {
     if (weight.dim() == 2) return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
-    return laid_out(at::convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups));
+    if (weight.scalar_type() == at::kDouble)
+      return laid_out(at::_convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups,
+                                       /*benchmark=*/false, /*deterministic=*/false, /*cudnn_enabled=*/false,
+                                       /*allow_tf32=*/false));
+    const auto plain = [&](const OptionalTensor& shift) {
+      return laid_out(at::convolution(x, weight, shift, stride, padding, dilation, false, {0, 0}, groups));
+    };
+    // oneDNN, as torch 2.13 has it, crashes on a dilated channels-last convolution with a bias where no tap of any
+    // output column lies inside the image; not without the bias.
+    if (bias && weight.is_cpu() && dilation != std::vector<int64_t>{1, 1})
+      return plain(std::nullopt).add_(bias->view({1, -1, 1, 1}));
+    return plain(bias);
   }
 
   // Gradients of the input and the weight at x for the gradient y of the output; the first is W^T y, whatever x is.

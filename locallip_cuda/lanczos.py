@@ -39,12 +39,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from . import ops
-from .rounding import TINY, UNIT, exponent_of, gamma, power_of_two, rescaled, up
+from .rounding import TINY, UNIT, convolution, exponent_of, gamma, power_of_two, rescaled, up
 
 LEAST_MISS = 1e-5
 KEY_BITS = 128
@@ -59,8 +57,7 @@ CHUNK = {"cpu": 2**20, "cuda": 2**24}
 def _apply(weight: Tensor, x: Tensor, conv: tuple[Sequence[int], Sequence[int], Sequence[int], int]) -> Tensor:
     if weight.dim() == 2:
         return x @ weight.T
-    stride, padding, dilation, groups = conv
-    return F.conv2d(x, weight, None, list(stride), list(padding), list(dilation), groups)
+    return convolution(x, weight, *conv)
 
 
 def _apply_transposed(
@@ -68,10 +65,7 @@ def _apply_transposed(
 ) -> Tensor:
     if weight.dim() == 2:
         return z @ weight
-    stride, padding, dilation, groups = conv
-    shape = [len(z), *input_shape]
-    x: Tensor = conv2d_input(shape, weight, z, list(stride), list(padding), list(dilation), groups)  # type: ignore[no-untyped-call]
-    return x
+    return convolution(z, weight, *conv, transposed_to=input_shape[1:])
 
 
 def absolute_norms(

@@ -8,7 +8,8 @@ adds at most TINY (also where denormals are flushed to zero). Higham, "Accuracy 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -64,7 +65,36 @@ def rescaled(t: Tensor, power: Tensor | float) -> Tensor:
 def textbook_products(device_type: str) -> Iterator[None]:
     """Products are taken as the error bounds have them: in the dtype of the tensors, by sums of products.
 
-    No autocast; no cuDNN, some of whose convolutions (Winograd, FFT) are not sums of products.
+    No autocast, in this thread alone. That cuDNN, some of whose convolutions (Winograd, FFT) are not sums of products,
+    stays out of those in float64 is said in each call, :func:`convolution` here and the op ``affine``: torch's switch
+    would turn it off, or on again, in the middle of another thread's work. RuntimeError where cuBLAS is set to emulate
+    float64 by integers of fewer bits.
     """
-    with torch.autocast(device_type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+    emulated = os.environ.get("CUBLAS_EMULATE_DOUBLE_PRECISION", "")
+    if device_type == "cuda" and emulated not in ("", "0"):
+        raise RuntimeError(
+            f"CUBLAS_EMULATE_DOUBLE_PRECISION: got {emulated!r}, want it unset or 0: a proof on a GPU takes float64 "
+            "products that are sums of float64 products, not emulated ones"
+        )
+    with torch.autocast(device_type, enabled=False):
         yield
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed_to: Sequence[int] | None = None,
+) -> Tensor:
+    """The convolution W x without cuDNN; with ``transposed_to``, the sizes (H, W) of an input, the adjoint W^T x."""
+    rest = [0, 0]  # what a stride leaves over at the far border
+    if transposed_to is not None:
+        shape = zip(transposed_to, x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        rest = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in shape]
+    transposed, switches = transposed_to is not None, (False, False, False, False)  # the third one is cuDNN's
+    arguments = (list(stride), list(padding), list(dilation), transposed, rest, groups)
+    result: Tensor = torch.ops.aten._convolution.default(x, weight, None, *arguments, *switches)
+    return result

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -179,3 +181,28 @@ def test_any_convolution(
     torch.testing.assert_close(ops.affine(*args), plain(*args))
     for mine, theirs in zip(gradients(ops.affine, args, zero), gradients(plain, args, zero), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+# one tap column beside the image, two of three beside it, and a kernel of two taps that steps over it
+BESIDE_THE_IMAGE = [
+    ((3, 3, 1), (2, 3, 2, 1), ([2, 2], [4, 1], [1, 2])),
+    ((3, 2, 2), (2, 3, 1, 1), ([2, 3], [1, 1], [2, 3])),
+    ((2, 5, 2), (8, 2, 3, 2), ([2, 3], [2, 4], [2, 3])),
+]
+
+
+@pytest.mark.parametrize("shape, kernel, conv", BESIDE_THE_IMAGE)
+def test_a_dilated_convolution_beside_the_image(
+    shape: tuple[int, ...], kernel: tuple[int, ...], conv: tuple[list[int], ...], device: str
+) -> None:
+    """In a process of its own: oneDNN, called as torch calls it on channels-last tensors, ends the process."""
+    program = f"""
+import torch
+from locallip_cuda import ops, reference
+x = torch.rand(2, *{shape}, device={device!r}).contiguous(memory_format=torch.channels_last)
+weight, bias = torch.rand({kernel}, device={device!r}), torch.rand({kernel[0]}, device={device!r})
+exact = reference.affine(x.double(), weight.double(), bias.double(), *{conv}, 1)
+torch.testing.assert_close(ops.affine(x, weight, bias, *{conv}, 1).double(), exact, rtol=1e-5, atol=1e-5)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
