@@ -29,6 +29,8 @@ from .rounding import textbook_products, up
 class LocalBounds:
     """Bounds of one batch, from :func:`local_bounds`. B samples, K classes, h features, L operators with the last one.
 
+    They are a snapshot: what becomes of the model, of x and of eps afterwards changes nothing here.
+
     Attributes:
         logits: (B, K) clean logits.
         radius: (B,) bound of ||features(x') - features(x)||_2 over the ball.
@@ -191,7 +193,7 @@ def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
             raise ValueError(f"eps: got device {eps.device}, want x's, {x.device}")
         if values_are_at_hand(eps) and not bool(((eps >= 0) & eps.isfinite()).all()):
             raise ValueError(f"eps: got {eps.min().item()} as its least value, want finite values >= 0")
-        return eps.to(x).expand(x.shape[0])
+        return eps.to(x).expand(x.shape[0]).clone()
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps: got {described(eps)}, want a number (float or int) or a torch tensor () or (B,)")
     if not 0 <= eps < math.inf:
@@ -315,7 +317,7 @@ def _estimated(done: Propagation, last: Leaf) -> LocalBounds:
         varying=_stacked(done.varying, features),
         eps=done.eps,
         guarantee="estimate",
-        last_weight=head.weight,
+        last_weight=head.weight.clone(),
         sparsity_terms=torch.stack(done.sparsity_terms or none),
         operators=done.operators,
     )

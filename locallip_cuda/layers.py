@@ -53,6 +53,12 @@ class Operator:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return ops.affine(x, weight, bias, *self.geometry)
 
+    def snapshot(self, dtype: torch.dtype | None = None) -> Operator:
+        """The operator as it is now, without gradients, in ``dtype`` where one is given."""
+        weight = self.weight.detach().to(dtype or self.weight.dtype, copy=True)
+        bias = None if self.bias is None else self.bias.detach().to(weight.dtype, copy=True)
+        return Operator(weight, bias, self.conv, self.relative_error)
+
     def check_input(self, path: str, x: Tensor) -> None:
         """Raise ValueError naming the module at ``path`` where ``x`` does not fit it."""
         if self.weight.dtype != x.dtype or self.weight.device != x.device:

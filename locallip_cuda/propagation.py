@@ -25,7 +25,7 @@ class Propagation:
         self.local = radius == "local"
         self.iterations = iterations
         # clean values, followed by the box centres once there is a box: one convolution serves both
-        self.values = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        self.values = x.clone(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
         # at the input the ball lies inside the box +- eps, and so it does behind the first operator: no box needed yet
         self.half_width: Tensor | None = None
         self.reach = eps
@@ -71,7 +71,7 @@ class Propagation:
         self.column_masks.append(self.column_mask)
         self.varying.append(varying)
         self.sparsity_terms.append(slack.sum(0) / max(self.batch, 1))
-        self.operators.append((operator, sizes))
+        self.operators.append((operator.snapshot(), sizes))
 
     def _norm(self, path: str, operator: Operator, rows: Tensor, columns: Tensor | None, sizes: list[int]) -> Tensor:
         if self.local:

@@ -150,11 +150,11 @@ class ProvedPropagation:
         """``operators``: how many there are, the last one not counted; they share the failure probability."""
         if not bool(x.isfinite().all()):
             raise ValueError("x: got NaN or infinite values, want finite ones")
-        self.batch, self.eps, self.local, self.guarantee = len(x), eps.double(), radius == "local", guarantee
+        self.batch, self.eps, self.local, self.guarantee = len(x), eps, radius == "local", guarantee
         self.dtype = x.dtype
         norms = max(operators * (1 if self.local else 2), 1)
         self.failure_probability, self.seed = failure_probability / norms, seed
-        self.values = x.detach().double()
+        self.values = x.detach().to(torch.float64, copy=True)
         self.error = torch.zeros_like(self.values)
         # as in the estimate: at the input the ball lies inside the box, and needs none behind the first operator
         self.centre: Tensor | None = None
@@ -174,11 +174,11 @@ class ProvedPropagation:
         considered = self.values.new_ones(1, *sizes) if columns is None or not self.local else columns.double()
         norms = considered
         if operator is not None:
-            in_float64 = self.exact(path, operator)
-            self.values, self.error = affine(in_float64, self.values, self.error)
+            operator = self.exact(path, operator)
+            self.values, self.error = affine(operator, self.values, self.error)
             if self.centre is not None and self.half_width is not None:
-                self.centre, self.half_width = affine(in_float64, self.centre, self.half_width)
-            norms = row_norms(in_float64, considered)
+                self.centre, self.half_width = affine(operator, self.centre, self.half_width)
+            norms = row_norms(operator, considered)
         activation(self.values[:1])  # raises where its shape does not fit
         reach = self.reach.view(-1, *[1] * len(self.values.shape[1:]))
         lower, upper = _end_points(self.values, up(up(reach * norms) + self.error))
@@ -206,8 +206,7 @@ class ProvedPropagation:
         """``operator`` with its weights in float64; ValueError where the values do not fit it."""
         if operator.weight.dtype not in (self.dtype, torch.float64):
             raise ValueError(f"x: got {self.dtype}, want {operator.weight.dtype} as {at(path)}")
-        bias = None if operator.bias is None else operator.bias.detach().double()
-        exact = Operator(operator.weight.detach().double(), bias, operator.conv)
+        exact = operator.snapshot(torch.float64)
         exact.check_input(path, self.values)
         return exact
 

@@ -646,3 +646,41 @@ def test_errors_say_what_is_wrong(case: str) -> None:
         run()
     if "model." in message and kind is TypeError:
         assert isinstance(caught.value, UnsupportedModuleError)
+
+
+# ---- snapshots -----------------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize("guarantee", ["estimate", "probabilistic", "deterministic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["convolutional, clipped-maxmin", "normalised, pooled, grouped", "linear alone", "activation first"]
+)
+def test_a_result_is_a_snapshot(name: str, dtype: torch.dtype, guarantee: str, device: str) -> None:
+    """What happens to the weights, x and eps after the call changes nothing that the result says."""
+    seed = 0 if guarantee == "probabilistic" else None
+
+    def bounds() -> tuple[ll.LocalBounds, list[Tensor]]:
+        model = copy.deepcopy(ZOO[name][0]).to(device, dtype)
+        x = zoo_input(name, 3, device).to(dtype).contiguous(memory_format=CHANNELS_LAST[len(ZOO[name][1])])
+        eps = torch.tensor([0.05, 0.1, 0.2], device=device, dtype=dtype)
+        with torch.no_grad():
+            b = ll.local_bounds(model, x, eps, guarantee=guarantee, seed=seed)
+        return b, [*model.parameters(), *model.buffers(), x, eps]
+
+    def said(b: ll.LocalBounds) -> dict[str, Tensor]:
+        y = torch.tensor([0, 2, 1], device=device)
+        with torch.no_grad():
+            return {**differentiable(b, y), "eps": b.eps, "global": b.global_lipschitz, "features": b.features}
+
+    expected = said(bounds()[0])
+    b, inputs = bounds()
+    with torch.no_grad():
+        for t in inputs:
+            t.mul_(-3).add_(1)
+    for key, value in said(b).items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=0, msg=lambda m, key=key: f"{key}: {m}")
+
+
+CHANNELS_LAST = {1: torch.contiguous_format, 3: torch.channels_last}
