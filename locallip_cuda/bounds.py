@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -193,12 +194,19 @@ def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
             raise ValueError(f"eps: got device {eps.device}, want x's, {x.device}")
         if values_are_at_hand(eps) and not bool(((eps >= 0) & eps.isfinite()).all()):
             raise ValueError(f"eps: got {eps.min().item()} as its least value, want finite values >= 0")
-        return eps.to(x).expand(x.shape[0]).clone()
+        radii = eps.to(x)
+        if not eps.is_floating_point():  # an integer may have more digits than the radius; a smaller one would not do
+            exact = 2 ** round(-math.log2(torch.finfo(x.dtype).eps))
+            radii = torch.where(radii >= exact, torch.nextafter(radii, torch.full_like(radii, math.inf)), radii)
+        return radii.expand(x.shape[0]).clone()
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps: got {described(eps)}, want a number (float or int) or a torch tensor () or (B,)")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, want a finite number >= 0")
-    return x.new_full((x.shape[0],), float(eps))
+    if not 0 <= eps <= sys.float_info.max:
+        raise ValueError(f"eps: got {eps}, want a finite number >= 0, at most {sys.float_info.max:.4g}")
+    radius = float(eps)
+    if radius < eps:  # of an integer with more digits than that
+        radius = math.nextafter(radius, math.inf)
+    return x.new_full((x.shape[0],), radius)
 
 
 def local_bounds(
@@ -275,17 +283,21 @@ def local_bounds(
 def _pass(hidden: list[Leaf], propagation: Propagation | ProvedPropagation) -> None:
     pending: tuple[str, Operator] | None = None  # until it is known what activation follows
     for leaf in hidden:
+        if pending is not None and leaf.kind in OPERATORS:
+            propagation.pass_layer(*pending, IDENTITY)
+            pending = None
         layer = leaf.step(propagation.values)
-        if isinstance(layer, Activation):
+        if isinstance(layer, Operator):
+            pending = (leaf.path, layer)
+        elif isinstance(layer, Activation):
             operator_path, operator = pending or (leaf.path, None)
             propagation.pass_layer(operator_path, operator, layer)
             pending = None
         elif layer is not None:
             if pending is not None:
                 propagation.pass_layer(*pending, IDENTITY)
-            pending = (leaf.path, layer) if isinstance(layer, Operator) else None
-            if isinstance(layer, nn.Flatten):
-                propagation.flatten()
+                pending = None
+            propagation.flatten()
     if pending is not None:
         propagation.pass_layer(*pending, IDENTITY)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def certified_radius(
     shared by all certificates tried. float64 for a proof, because a rounded radius was not certified.
     """
     for name, value in (("max_eps", max_eps), ("tolerance", tolerance)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise ValueError(f"{name}: got {value!r}, want a finite number > 0")
     check_guarantee(guarantee, failure_probability)
     halvings = max(math.ceil(math.log2(max_eps / tolerance)), 0)

@@ -130,6 +130,11 @@ def zoo() -> dict[str, tuple[nn.Sequential, tuple[int, ...]]]:
         nn.ReLU(), nn.AvgPool2d((1, 2), count_include_pad=True, divisor_override=3), nn.Flatten(), nn.Linear(9, 4),
     ]  # fmt: skip
     networks["normalised, pooled, grouped"] = (pooled, (2, 7, 6))
+    at_once = [
+        nn.Conv2d(2, 3, 3, padding=1), nn.AvgPool2d(2), nn.ReLU(), nn.Conv2d(3, 4, 2), Normalize([0.1] * 4, [0.5] * 4),
+        nn.AvgPool2d(2, stride=1), nn.Flatten(), nn.Linear(4, 3),
+    ]  # fmt: skip
+    networks["convolved and pooled at once"] = (at_once, (2, 6, 6))
     inner = nn.Sequential(nn.Identity(), nn.Linear(18, 10), nn.Sequential(MaxMin(), nn.Dropout(0.5), nn.Linear(10, 8)))
     nested = [nn.Dropout2d(0.3), nn.Flatten(), Normalize([0.1] * 18, [0.5] * 18), inner, nn.ReLU(), nn.Linear(8, 3)]
     networks["nested"] = (nested, (2, 3, 3))

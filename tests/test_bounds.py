@@ -276,6 +276,17 @@ def test_eps_as_tensor_of_any_kind() -> None:
         torch.testing.assert_close(ll.local_bounds(model, x, eps).radius, expected.radius)
 
 
+@pytest.mark.parametrize("eps", [2**53 + 1, 2**60 + 1, 3 * 2**61 - 1, 2**53 - 1, 7])
+def test_integer_eps_never_rounds_down(eps: int) -> None:
+    """2^53 + 1 lies between two float64 numbers; a proof for the smaller one would not be one for it."""
+    model, x = ZOO["dense, relu"][0], zoo_input("dense, relu", 2)
+    for given in (eps, torch.tensor(eps), torch.tensor([eps, eps])):
+        b = ll.local_bounds(model, x, given, guarantee="deterministic")
+        assert all(eps <= int(r) <= eps * (1 + 2**-50) for r in b.eps.tolist())
+    single = ll.local_bounds(copy.deepcopy(model).float(), x.float(), torch.tensor(2**24 + 1))
+    assert all(r >= 2**24 + 1 for r in single.eps.tolist())
+
+
 @every_device
 @both_radii
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -572,6 +583,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "negative eps": (lambda: call(eps=-0.1), ValueError, "eps: got -0.1, want a finite number >= 0"),
     "infinite eps": (lambda: call(eps=math.inf), ValueError, "eps: got inf"),
+    "eps beyond every float": (lambda: call(eps=10**400), ValueError, "eps: got 1000.*, want a finite number >= 0, at"),
     "nan eps": (lambda: call(eps=math.nan), ValueError, "eps: got nan"),
     "negative eps tensor": (lambda: call(eps=torch.tensor([0.1, -0.2])), ValueError, "eps: got -0.2"),
     "nan eps tensor": (lambda: call(eps=torch.tensor([0.1, math.nan])), ValueError, "eps: got"),
