@@ -16,11 +16,12 @@ from .norms import ESTIMATE_ITERATIONS, check_guarantee, stated_failure_probabil
 class Certificate(NamedTuple):
     """Result of :func:`certify` for B samples.
 
-    prediction: (B,) int64. certified: (B,) bool, margin > 0. margin: (B,) bound over the ball of the predicted logit
-    minus the best other. lipschitz: (B,) bound of the map to the last layer's input. guarantee: what they are
-    worth; "estimate" proves nothing. failure_probability: chance that the statement is wrong for a sample: 0 for a
-    deterministic proof, 1 for an estimate. seed: the one given for repetition; it voids the probabilistic guarantee,
-    and makes the failure probability 1.
+    prediction: (B,) int64, of the network that the certificate speaks of; a proof's is in real arithmetic, and may
+    differ from ``model(x).argmax(1)`` where rounding decides. certified: (B,) bool, margin > 0. margin: (B,) bound over
+    the ball of the predicted logit minus the best other. lipschitz: (B,) bound of the map to the last layer's input.
+    guarantee: what they are worth; "estimate" proves nothing. failure_probability: chance that the statement is wrong
+    for a sample: 0 for a deterministic proof, 1 for an estimate. seed: the one given for repetition; it voids the
+    probabilistic guarantee, and makes the failure probability 1.
     """
 
     prediction: Tensor

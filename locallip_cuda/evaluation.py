@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attack import pgd
-from .bounds import local_bounds
+from .bounds import LocalBounds, local_bounds
 from .data import Dataset
 from .journal import Journal
 from .layers import leaves
@@ -32,13 +32,18 @@ class Certified:
     """What one guarantee gave, over all samples measured.
 
     Attributes:
-        accuracy: share that is certified for its label within the radius.
-        tried: how many samples were put to it. A proof is tried where the estimate certifies: a proved norm is not
-            below the estimate but for rounding, so that it would fail on the others.
+        accuracy: share that is certified for its label within the radius, of samples that `model(x)` classifies
+            correctly.
+        tried: how many samples were put to it. Where the boxes grow by local norms, a proof is tried where the estimate
+            certifies: with the same boxes and no norm below the estimate's but for rounding it fails on the others.
+            Where they grow by global norms the estimate takes looser row norms, the paper's, and a proof is tried on
+            all correct ones.
         seconds: time it took for those.
         failure_probability: of the statement on one sample; 1 for an estimate, which states nothing, and for a proof
             whose random vectors were given by a seed.
         broken: samples certified that the attack misclassifies nevertheless; above 0 this refutes the guarantee.
+        other_class: samples put to it whose clean logits, in its arithmetic, have another class on top than `model(x)`
+            in the network's: within rounding of a decision boundary.
     """
 
     accuracy: float
@@ -46,6 +51,7 @@ class Certified:
     seconds: float
     failure_probability: float
     broken: int
+    other_class: int
 
 
 @dataclass
@@ -63,8 +69,10 @@ class Measurement:
         seconds: time each stage took.
         seed: of the random vectors of the attack.
         proof_seed: of those of the proofs, if it was given; it voids the probabilistic guarantee.
-        per_sample: index, label, prediction, whether the attack failed, largest radius of the curve certified by the
-            estimate, and under "guarantees" margin, Lipschitz constant and verdict of every guarantee tried.
+        per_sample: index, label, prediction (of `model(x)`, as the clean accuracy counts), whether the attack failed,
+            largest radius of the curve certified by the estimate, and under "guarantees", for every guarantee tried,
+            margin of the label, Lipschitz constant, verdict, and the prediction that it speaks of: a proof's is that of
+            the network in real arithmetic.
     """
 
     samples: int
@@ -105,6 +113,21 @@ class _Batch:
     y: Tensor
 
 
+class _Found:
+    """What bounds say of a batch with the labels ``y``."""
+
+    def __init__(self, bounds: LocalBounds, y: Tensor) -> None:
+        self.margin, self.lipschitz, self.prediction = bounds.margin(y), bounds.lipschitz, bounds.logits.argmax(1)
+
+    def verdict(self, i: int, certified: Tensor) -> dict[str, Any]:
+        return {
+            "certified": bool(certified[i]),
+            "margin": float(self.margin[i]),
+            "lipschitz": float(self.lipschitz[i]),
+            "prediction": int(self.prediction[i]),
+        }
+
+
 class _Examiner:
     """Measures batches of samples; what each gives depends on its own samples and the seed alone."""
 
@@ -132,8 +155,8 @@ class _Examiner:
             logits = self.model(x)
         correct = logits.argmax(1) == y
         with self._stage("estimate", x):
-            margin, lipschitz = self._estimated(x, y, self.eps)
-        certified = correct & (margin > 0)
+            estimate = self._estimated(x, y, self.eps)
+        certified = correct & (estimate.margin > 0)
         with self._stage("attack", x):
             generator = torch.Generator(x.device).manual_seed(self.seed + batch.indices[0])
             attacked = pgd(self.model, x, y, self.eps, steps=self.attack_steps, generator=generator)
@@ -148,17 +171,17 @@ class _Examiner:
                 "logits": logits[i].tolist(),
                 "attack_failed": bool(standing[i]),
                 "curve_estimate": float(reach[i]),
-                "guarantees": {"estimate": _verdict(bool(certified[i]), margin[i], lipschitz[i])},
+                "guarantees": {"estimate": estimate.verdict(i, certified)},
             }
             for i in range(len(y))
         ]
+        candidates = certified if self.radius == "local" else correct
         for guarantee in self.proofs:
-            for part in torch.split(certified.nonzero()[:, 0], PROOF_BATCH):
+            for part in torch.split(candidates.nonzero()[:, 0], PROOF_BATCH):
                 with self._stage(guarantee, x):
-                    margin, lipschitz = self._proved(x[part], y[part], guarantee)
+                    proof = self._proved(x[part], y[part], guarantee)
                 for k, i in enumerate(part.tolist()):
-                    verdict = _verdict(bool(margin[k] > 0), margin[k], lipschitz[k])
-                    found[i]["guarantees"][guarantee] = verdict
+                    found[i]["guarantees"][guarantee] = proof.verdict(k, proof.margin > 0)
         return found
 
     @contextmanager
@@ -171,11 +194,10 @@ class _Examiner:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     @torch.no_grad()
-    def _estimated(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        bounds = local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations)
-        return bounds.margin(y), bounds.lipschitz
+    def _estimated(self, x: Tensor, y: Tensor, eps: float) -> _Found:
+        return _Found(local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations), y)
 
-    def _proved(self, x: Tensor, y: Tensor, guarantee: str) -> tuple[Tensor, Tensor]:
+    def _proved(self, x: Tensor, y: Tensor, guarantee: str) -> _Found:
         bounds = local_bounds(
             self.model,
             x,
@@ -185,7 +207,7 @@ class _Examiner:
             failure_probability=self.failure_probability,
             seed=self.proof_seed if guarantee == "probabilistic" else None,
         )
-        return bounds.margin(y), bounds.lipschitz
+        return _Found(bounds, y)
 
     def _reach(self, x: Tensor, y: Tensor, correct: Tensor, certified: Tensor) -> Tensor:
         """The largest factor of CURVE at which each sample is certified by the estimate, -1 where it is misclassified.
@@ -209,12 +231,8 @@ class _Examiner:
     def _retry(self, x: Tensor, y: Tensor, candidates: Tensor, factor: float) -> Tensor:
         found = torch.zeros_like(candidates)
         if candidates.any():
-            found[candidates] = self._estimated(x[candidates], y[candidates], factor * self.eps)[0] > 0
+            found[candidates] = self._estimated(x[candidates], y[candidates], factor * self.eps).margin > 0
         return found
-
-
-def _verdict(certified: bool, margin: Tensor, lipschitz: Tensor) -> dict[str, Any]:
-    return {"certified": certified, "margin": float(margin), "lipschitz": float(lipschitz)}
 
 
 def measure(
@@ -318,6 +336,7 @@ def _summary(
             seconds=journal.seconds.get(guarantee, 0.0),
             failure_probability=stated_failure_probability(guarantee, failure_probability, proof_seed),
             broken=sum(not r["attack_failed"] for r in yes),
+            other_class=sum(r["guarantees"][guarantee]["prediction"] != r["prediction"] for r in tried),
         )
 
     return Measurement(

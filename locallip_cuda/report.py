@@ -42,6 +42,11 @@ def caveats(measurement: Measurement) -> list[str]:
         void = name == "probabilistic" and measurement.proof_seed is not None
         text = VOID.format(seed=measurement.proof_seed) if void else CAVEAT[name]
         lines.append(text.format(failure_probability=c.failure_probability))
+        if c.other_class:
+            lines.append(
+                f"{name}: {c.other_class} of the samples it was tried on have another class in its arithmetic than in "
+                "the network's own, which clean accuracy counts; what is certified has the label in both."
+            )
     return lines
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from locallip_cuda import attack, data, evaluation, local_bounds, report, train
+from locallip_cuda import attack, certify, data, evaluation, local_bounds, report, train
 from locallip_cuda.journal import Journal
 from locallip_cuda.layers import UnsupportedModuleError
 from locallip_cuda.presets import recipe
@@ -220,3 +221,44 @@ def test_json_and_plot(measured: evaluation.Measurement, tmp_path: Path, monkeyp
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert not report.plot(tmp_path / "none.png", measured, "title") and not (tmp_path / "none.png").exists()
+
+
+def test_with_the_paper_s_radius_a_proof_may_hold_where_the_estimate_does_not(tmp_path: Path) -> None:
+    """The estimate takes the whole kernel's row norms, at the border too: all correct samples are tried."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(1)  # of which one tap lies on an image of one pixel
+        model[0].bias.fill_(-1)
+        model[3].weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        model[3].bias.copy_(torch.tensor([0.1, 0.0]))
+    images = torch.tensor([102, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    dataset = data.Dataset("pixels", images, torch.tensor([0, 1]), 2)
+    settings: dict[str, Any] = {"radius": "global", "guarantees": ["deterministic"], "attack_steps": 5}
+    measured = measure((model, dataset), tmp_path, **settings)
+    assert measured.clean == 0.5 and measured.certified["deterministic"].tried == 1
+    assert measured.certified["estimate"].accuracy == 0 and measured.certified["deterministic"].accuracy == 0.5
+
+
+def test_classes_by_their_arithmetic(tmp_path: Path) -> None:
+    """Logits 1 + 1e-9 and 1 + 2e-9: equal in float32, whose argmax is class 0, and class 1 in real arithmetic."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 1e-9], [1.0, 2e-9]]))
+    images = torch.full((1, 2, 1, 1), 255, dtype=torch.uint8)
+    x = torch.ones(1, 2, 1, 1)
+    assert model(x).argmax() == 0 and certify(model, x, 0.0).prediction == 1
+    for label, clean in ((0, 1.0), (1, 0.0)):
+        dataset = data.Dataset("pixels", images, torch.tensor([label]), 2)
+        settings: dict[str, Any] = {"radius": "global", "guarantees": ["deterministic"], "attack_steps": 1}
+        (tmp_path / str(label)).mkdir()
+        measured = evaluation.measure(
+            model, dataset, 1e-12, Journal(tmp_path / str(label) / "j", {}, seed=0), **settings
+        )
+        proof = measured.certified["deterministic"]
+        assert measured.clean == clean and proof.accuracy == 0 and measured.per_sample[0]["prediction"] == 0
+        assert proof.tried == proof.other_class == clean
+        if clean:
+            assert measured.per_sample[0]["guarantees"]["deterministic"]["prediction"] == 1
+        said = any("another class in its arithmetic" in line for line in report.caveats(measured))
+        assert said is bool(clean)
