@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import ACTIVATIONS, ZOO, generator, zoo_input
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -446,3 +448,128 @@ def test_in_place_is_what_it_is_out_of_place(name: str, first: bool, guarantee: 
         ll.losses.robust_cross_entropy(ll.local_bounds(model, x, 0.1), y).backward()
         assert all(p.grad is not None for p in model.parameters())
     assert_certificates_hold(build(True), x, 0.05, guarantee)
+
+
+# --- random models ----------------------------------------------------------------------------------------------------
+
+WIDTH = 6
+
+
+def hooked(module: nn.Module, kind: str) -> nn.Module:
+    if kind == "forward":
+        module.register_forward_hook(lambda m, args, out: out * 1.5)
+    elif kind == "pre":
+        module.register_forward_pre_hook(lambda m, args: (args[0] - 0.5,))
+    elif kind == "harmless":
+        module.register_forward_hook(lambda m, args, out: None)
+    else:
+        forward = module.forward
+        module.forward = lambda x: forward(x).flip(1)  # type: ignore[method-assign]
+    return module
+
+
+@st.composite
+def layer(draw: st.DrawFn) -> nn.Module:
+    """Any module that maps (B, 6) to (B, 6): of the kinds that have bounds, with and without a change."""
+    seed = draw(st.integers(0, 5))
+    module = draw(
+        st.sampled_from(
+            [
+                lambda: linear(seed, WIDTH, WIDTH),
+                lambda: OwnLinear(seed, WIDTH, WIDTH),
+                lambda: nn.ReLU(inplace=seed % 2 == 0),
+                lambda: nn.LeakyReLU(0.2, inplace=seed % 2 == 0),
+                lambda: nn.ELU(0.5, inplace=seed % 2 == 0),
+                nn.Tanh,
+                nn.Identity,
+                lambda: nn.Dropout(0.5).eval(),
+                ll.nn.MaxMin,
+                lambda: ll.nn.ClippedReLU(WIDTH, 0.5).double(),
+                lambda: ll.nn.ClippedMaxMin(WIDTH // 2, 0.4, -0.3).double(),
+                lambda: ll.nn.Normalize([0.1] * WIDTH, [0.7] * WIDTH).double(),
+                lambda: Cosine(WIDTH, WIDTH).double(),
+                Steep,
+                Calls,
+                Threefold,
+                *[lambda wrap=wrap: wrap(linear(seed, WIDTH, WIDTH)) for wrap in PARAMETRISATIONS.values()],
+            ]
+        )
+    )()
+    changes = ["forward", "pre", "harmless", "instance"]
+    return hooked(module, draw(st.sampled_from(changes))) if draw(st.integers(0, 9)) == 0 else module
+
+
+@st.composite
+def random_model(draw: st.DrawFn) -> nn.Sequential:
+    """Up to four layers, any of them several times, tied, in containers, behind a last layer that may be odd too."""
+    pool = draw(st.lists(layer(), min_size=1, max_size=4))
+    linears = [m for m in pool if type(m) is nn.Linear]
+    if len(linears) > 1 and draw(st.booleans()):
+        linears[1].weight = linears[0].weight
+    containers = [nn.Sequential, nn.Sequential, nn.Sequential, Residual, Scaling, Backwards]
+    modules: list[nn.Module] = []
+    for _ in range(draw(st.integers(1, 3))):
+        parts = draw(st.lists(st.sampled_from(pool), min_size=1, max_size=3))
+        if draw(st.booleans()):
+            modules += parts
+            continue
+        block = draw(st.sampled_from(containers))(*parts)
+        modules += [block] * draw(st.integers(1, 2))
+    last = draw(st.sampled_from([linear, linear, linear, lambda seed, *size: Cosine(*size).double()]))(7, WIDTH, 3)
+    return draw(st.sampled_from([nn.Sequential] * 5 + [Scaling]))(*modules, last).eval()
+
+
+@settings(max_examples=300, deadline=None)
+@given(random_model(), st.sampled_from([0.02, 0.2]), st.sampled_from(GUARANTEES), st.sampled_from([32, 64]))
+def test_random_models_are_bounded_as_they_compute_or_refused(
+    model: nn.Sequential, eps: float, guarantee: str, bits: int
+) -> None:
+    dtype = {32: torch.float32, 64: torch.float64}[bits]
+    model.to(dtype)
+    x = normal(9, 12, WIDTH).to(dtype)
+    with torch.no_grad():
+        clean = model(x.clone())
+    try:
+        certificate = ll.certify(model, x, eps, guarantee=guarantee)
+    except ll.UnsupportedModuleError as error:
+        event("refused")
+        assert str(error).startswith("model") and "no bound" in str(error)
+        return
+    event("bounded")
+    bounds = ll.local_bounds(model, x, eps, guarantee=guarantee)
+    rounding = {32: 1e-4, 64: 1e-9}[bits]
+    torch.testing.assert_close(bounds.logits.detach().double(), clean.double(), rtol=rounding, atol=rounding)
+    held = certificate.certified
+    directions = normal(3, 20, *x.shape)
+    steps = eps * directions / directions.norm(dim=2, keepdim=True)
+    points = [x + step.to(dtype) for step in steps]
+    try:
+        g = torch.Generator().manual_seed(0)
+        points.append(attack.pgd(model, x, certificate.prediction, eps, steps=15, generator=g))
+    except RuntimeError as error:
+        assert "inplace operation" in str(error)  # torch itself has no gradient through two of them in a row
+    for point in points:
+        with torch.no_grad():
+            answers = model(point.clone())
+        margin = answers.gather(1, certificate.prediction[:, None])[:, 0] - answers.scatter(
+            1, certificate.prediction[:, None], -torch.inf
+        ).amax(1)
+        assert (margin[held] > -rounding).all(), "a certified sample falls"
+
+
+def test_random_models_are_of_both_sorts() -> None:
+    """What is drawn above is neither all refused nor all bounded, and shows every kind of repetition."""
+    outcomes = []
+
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @given(random_model())
+    def draw(model: nn.Sequential) -> None:
+        modules = [m for container in model.modules() for m in container._modules.values()]
+        try:
+            ll.certify(model.double(), normal(9, 2, WIDTH), 0.1, guarantee="estimate")
+            outcomes.append(("bounded", len(modules) > len(set(modules))))
+        except ll.UnsupportedModuleError:
+            outcomes.append(("refused", False))
+
+    draw()
+    assert {("bounded", True), ("bounded", False), ("refused", False)} <= set(outcomes)
