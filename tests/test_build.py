@@ -6,6 +6,7 @@ The builds here are real ones, by this repository's setup.py and backend, of a c
 import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -255,13 +256,14 @@ def test_wheel_in_isolation(project):
     names = wheel.namelist()
     assert {"locallip_cuda/py.typed", "locallip_cuda/_build.json", "locallip_cuda/build_info.py"} <= set(names)
     assert "locallip_cuda/_C" + EXTENSION_SUFFIXES[0] in names
-    dist_info = "locallip_cuda-0.1.0.dist-info"
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    dist_info = f"locallip_cuda-{version}.dist-info"
     metadata = email.message_from_bytes(wheel.read(f"{dist_info}/METADATA"))
     assert f"torch=={TORCH_MINOR}.*" in metadata.get_all("Requires-Dist")
     assert metadata["License-Expression"] == "MIT" and f"{dist_info}/licenses/LICENSE" in names
     assert "locallip = locallip_cuda.cli:main" in wheel.read(f"{dist_info}/entry_points.txt").decode()
     assert json.loads(wheel.read("locallip_cuda/_build.json")) == {
-        "version": "0.1.0",
+        "version": version,
         "torch": torch.__version__,
         "cuda": None,
         "architectures": [],
