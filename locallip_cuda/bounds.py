@@ -43,7 +43,8 @@ class LocalBounds:
         varying: (B, L-1, 2), int64, how many each of the two leaves.
         eps: (B,) radius of the ball at the input.
         guarantee: what the bounds are worth; "estimate" proves nothing.
-        last_weight, sparsity_terms, operators: what worst_logits, the losses and global_lipschitz are made of.
+        last_weight, sparsity_terms, operators, input_masks: what worst_logits, the losses, global_lipschitz and
+            closeness are made of.
     """
 
     logits: Tensor
@@ -61,6 +62,22 @@ class LocalBounds:
     last_weight: Tensor
     sparsity_terms: Tensor
     operators: list[tuple[Operator, list[int]]]
+    input_masks: list[Tensor | None]
+
+    @cached_property
+    def closeness(self) -> Tensor:
+        """(B, L-1) every layer norm divided by the converged one under the same masks; 1 where both are 0.
+
+        In training a norm from few iterations is below the true one, and a network trained against it learns to hide
+        from it: its masked top singular vectors turn away from where the iteration starts. This shows how much it
+        hides, on its own batches and masks. ``closeness.prod(1)`` is the closeness of ``lipschitz``.
+        """
+        ratios = []
+        for layer, (operator, sizes) in enumerate(self.operators):
+            masks, shape = (self.row_masks[layer], self.input_masks[layer]), [len(self.eps), *sizes]
+            _, converged = norm_bound(operator.weight, *masks, shape, operator.geometry, "estimate", 1.0)
+            ratios.append(self.layer_norms[:, layer].detach().double() / converged)
+        return torch.stack(ratios, 1).nan_to_num(nan=1.0) if ratios else self.layer_norms.detach().double()
 
     @cached_property
     def global_lipschitz(self) -> Tensor:
@@ -332,6 +349,7 @@ def _estimated(done: Propagation, last: Leaf) -> LocalBounds:
         last_weight=head.weight.clone(),
         sparsity_terms=torch.stack(done.sparsity_terms or none),
         operators=done.operators,
+        input_masks=done.input_masks,
     )
 
 
@@ -366,6 +384,7 @@ def _proved(done: ProvedPropagation, last: Leaf, failure_probability: float) -> 
         last_weight=head.weight,
         sparsity_terms=torch.stack(done.sparsity_terms or [logits.new_zeros(2)]),
         operators=done.operators,
+        input_masks=done.input_masks,
         feature_error=done.error,
         logit_error=logit_error,
         failure_probability=stated_failure_probability(done.guarantee, failure_probability, done.seed),

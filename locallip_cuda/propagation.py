@@ -36,6 +36,7 @@ class Propagation:
         self.norms: list[Tensor] = []
         self.sparsity_terms: list[Tensor] = []
         self.operators: list[tuple[Operator, list[int]]] = []
+        self.input_masks: list[Tensor | None] = []
 
     def pass_layer(self, path: str, operator: Operator | None, activation: Activation) -> None:
         """One layer: ``operator`` (the identity where None), then ``activation``."""
@@ -72,6 +73,7 @@ class Propagation:
         self.varying.append(varying)
         self.sparsity_terms.append(slack.sum(0) / max(self.batch, 1))
         self.operators.append((operator.snapshot(), sizes))
+        self.input_masks.append(columns)
 
     def _norm(self, path: str, operator: Operator, rows: Tensor, columns: Tensor | None, sizes: list[int]) -> Tensor:
         if self.local:

@@ -166,6 +166,7 @@ class ProvedPropagation:
         self.norms: list[Tensor] = []
         self.sparsity_terms: list[Tensor] = []
         self.operators: list[tuple[Operator, list[int]]] = []
+        self.input_masks: list[Tensor | None] = []
 
     def pass_layer(self, path: str, operator: Operator | None, activation: Activation) -> None:
         """One layer: ``operator`` (the identity where None), then ``activation``."""
@@ -201,6 +202,7 @@ class ProvedPropagation:
         self.column_masks.append(self.column_mask)
         self.sparsity_terms.append(slack.sum(0) / max(self.batch, 1))
         self.operators.append((operator, sizes))
+        self.input_masks.append(columns)
 
     def exact(self, path: str, operator: Operator) -> Operator:
         """``operator`` with its weights in float64; ValueError where the values do not fit it."""

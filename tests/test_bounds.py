@@ -696,3 +696,34 @@ def test_a_result_is_a_snapshot(name: str, dtype: torch.dtype, guarantee: str, d
 
 
 CHANNELS_LAST = {1: torch.contiguous_format, 3: torch.channels_last}
+
+
+# ---- closeness -----------------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize(
+    "name", ["convolutional, clipped-relu", "normalised, pooled, grouped", "activation first", "nested"]
+)
+def test_closeness_is_the_share_of_the_converged_norms(name: str, device: str) -> None:
+    model, x = ZOO[name][0].to(device), zoo_input(name, 3, device)
+    few = ll.local_bounds(model, x, 0.1, iterations=0)
+    assert few.closeness.shape == few.layer_norms.shape and not few.closeness.requires_grad
+    assert (few.closeness <= 1 + 1e-9).all() and (few.closeness > 0.05).all()
+    assert few.closeness.min() < 0.99 or name in ("activation first", "nested"), "dense layers of few rows are exact"
+    many = ll.local_bounds(model, x, 0.1, iterations=CONVERGED)
+    torch.testing.assert_close(many.closeness, torch.ones_like(many.closeness), rtol=1e-6, atol=0)
+    # by hand for the first layer, whose masks do not depend on the iterations
+    torch.testing.assert_close(few.closeness[:, 0], (few.layer_norms / many.layer_norms)[:, 0].detach())
+    proved = ll.local_bounds(model, x, 0.1, guarantee="deterministic")
+    assert ((proved.closeness >= 1 - 1e-9) & (proved.closeness < 1.001)).all()
+
+
+def test_closeness_without_layers_and_of_empty_masks() -> None:
+    model, x = ZOO["linear alone"][0], zoo_input("linear alone", 3)
+    assert ll.local_bounds(model, x, 0.1).closeness.shape == (3, 0)
+    frozen = copy.deepcopy(ZOO["dense, relu"][0])
+    with torch.no_grad():
+        frozen[0].bias.fill_(-100)
+    b = ll.local_bounds(frozen, zoo_input("dense, relu", 3), 0.1)
+    assert (b.layer_norms[:, 0] == 0).all() and torch.equal(b.closeness[:, 0], torch.ones(3, dtype=torch.float64))
