@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ from .norms import values_are_at_hand
 START_ITERATIONS = 8
 DENSE_START_ITERATIONS = 5
 GLOBAL_ITERATIONS = 30
+
+# Samples from which no row or column of a layer goes all have its global norm, as all samples often do of convolutions
+# at a large radius. One run for them, of a batch of one, may take as many steps as kernels on a GPU's chip do.
+SHARED_ITERATIONS = 15
 
 
 class Propagation:
@@ -30,6 +36,7 @@ class Propagation:
         self.half_width: Tensor | None = None
         self.reach = eps
         self.column_mask: Tensor | None = None
+        self.columns_left: Tensor | None = None  # (B,) how many
         self.row_masks: list[Tensor] = []
         self.column_masks: list[Tensor] = []
         self.varying: list[Tensor] = []
@@ -41,7 +48,7 @@ class Propagation:
     def pass_layer(self, path: str, operator: Operator | None, activation: Activation) -> None:
         """One layer: ``operator`` (the identity where None), then ``activation``."""
         sizes = list(self.values.shape[1:])
-        columns = self.column_mask
+        columns, columns_left = self.column_mask, self.columns_left
         if operator is None:
             ones = self.values.new_ones(1, *sizes)
             squared_row_norms = ones if columns is None else columns.to(ones.dtype)
@@ -60,6 +67,7 @@ class Propagation:
             activation.first,
             activation.second,
         )
+        self.columns_left = varying[:, 1]
         if not activation.kind:
             self.values, self.half_width = _monotone(activation, self.values, self.half_width)
         if operator is None:
@@ -67,7 +75,10 @@ class Propagation:
         if not self.local and activation.kind == "clipped_maxmin":
             rows = torch.ones_like(rows)  # the paper removes none
             varying = torch.stack([torch.full_like(varying[:, 0], rows.shape[1:].numel()), varying[:, 1]], 1)
-        self.norms.append(self._norm(path, operator, rows, columns, sizes))
+        everything = varying[:, 0] == rows.shape[1:].numel()
+        if columns_left is not None:
+            everything = everything & (columns_left == math.prod(sizes))
+        self.norms.append(self._norm(path, operator, rows, columns, sizes, everything))
         self.row_masks.append(rows)
         self.column_masks.append(self.column_mask)
         self.varying.append(varying)
@@ -75,22 +86,51 @@ class Propagation:
         self.operators.append((operator.snapshot(), sizes))
         self.input_masks.append(columns)
 
-    def _norm(self, path: str, operator: Operator, rows: Tensor, columns: Tensor | None, sizes: list[int]) -> Tensor:
-        if self.local:
+    def _norm(
+        self,
+        path: str,
+        operator: Operator,
+        rows: Tensor,
+        columns: Tensor | None,
+        sizes: list[int],
+        everything: Tensor,
+    ) -> Tensor:
+        """(B,) masked norms, and the radius times them; ``everything``: (B,) where no row or column goes."""
+        one, shared = [1, *sizes], None
+        if not self.local:
+            shared, start, _ = operator.norm(None, None, one, None, max(self.iterations, GLOBAL_ITERATIONS))
+        elif not values_are_at_hand(everything) or bool(everything.any()):
+            shared, start, _ = operator.norm(None, None, one, None, max(self.iterations, SHARED_ITERATIONS))
+        else:
             with torch.no_grad():
                 steps = DENSE_START_ITERATIONS if operator.conv is None else START_ITERATIONS
-                start = operator.norm(None, None, [1, *sizes], None, steps)[1]
-            norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
-            self.reach = self.reach * norm
-        else:
-            global_norm, start, _ = operator.norm(
-                None, None, [1, *sizes], None, max(self.iterations, GLOBAL_ITERATIONS)
-            )
-            norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
-            self.reach = self.reach * global_norm
+                start = operator.norm(None, None, one, None, steps)[1]
+        norm = self._masked_norm(operator, rows, columns, sizes, start, everything, shared)
+        self.reach = self.reach * (norm if self.local or shared is None else shared)
         if values_are_at_hand(norm) and bool(norm.isnan().any()):
             raise ValueError(f"{at(path)}: got NaN or infinite weights, want finite ones")
         return norm
+
+    def _masked_norm(
+        self,
+        operator: Operator,
+        rows: Tensor,
+        columns: Tensor | None,
+        sizes: list[int],
+        start: Tensor,
+        everything: Tensor,
+        shared: Tensor | None,
+    ) -> Tensor:
+        if shared is None or not values_are_at_hand(everything):
+            norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
+            return norm if shared is None else torch.where(everything, shared, norm)
+        rest = (~everything).nonzero()[:, 0]
+        norm = shared.expand(self.batch)
+        if not len(rest):
+            return norm
+        columns = None if columns is None else columns[rest]
+        masked = operator.norm(rows[rest], columns, [len(rest), *sizes], start, self.iterations)[0]
+        return norm.index_copy(0, rest, masked)
 
     def flatten(self) -> None:
         self.values = self.values.flatten(1)

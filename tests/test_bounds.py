@@ -13,6 +13,7 @@ from helpers import ACTIVATIONS, DEVICES, ZOO, generator, small_network, zoo_inp
 from torch import Tensor, nn
 
 import locallip_cuda as ll
+from locallip_cuda import ops
 from locallip_cuda.bounds import UnsupportedModuleError
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
 
@@ -482,7 +483,7 @@ def test_compiles(whole: bool) -> None:
     y = torch.tensor([0, 1, 2])
 
     def loss(x: Tensor) -> Tensor:
-        b = ll.local_bounds(model, x, 0.1)
+        b = ll.local_bounds(model, x, 0.1, iterations=40)  # converged: the start vectors differ
         return b.radius.sum() + b.upper.sum() + b.sparsity_loss if whole else ll.losses.robust_cross_entropy(b, y)
 
     results = []
@@ -727,3 +728,37 @@ def test_closeness_without_layers_and_of_empty_masks() -> None:
         frozen[0].bias.fill_(-100)
     b = ll.local_bounds(frozen, zoo_input("dense, relu", 3), 0.1)
     assert (b.layer_norms[:, 0] == 0).all() and torch.equal(b.closeness[:, 0], torch.ones(3, dtype=torch.float64))
+
+
+def test_samples_that_nothing_leaves_share_one_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch in which some samples keep all rows and columns of a layer, only the others are iterated."""
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 3)).double()
+    with torch.no_grad():
+        for layer, bias in ((model[0], 3.0), (model[2], 30.0)):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator(1)) / 10)
+            layer.bias.fill_(bias)
+    x = torch.rand(6, 20, generator=generator(2), dtype=torch.float64)
+    some = torch.tensor([1, 4])
+    x[some] -= 40 * model[0].weight[3].detach()  # the unit 3 is off there
+    calls: list[int] = []
+    honest = ops.masked_norm
+
+    def spy(weight: Tensor, rows: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(0 if rows is None else len(rows))
+        return honest(weight, rows, *arguments)
+
+    monkeypatch.setattr(ops, "masked_norm", spy)
+    b = ll.local_bounds(model, x, 0.1, iterations=40)
+    assert calls == [0, 2, 0, 2] and not b.row_masks[0][some].all() and b.row_masks[1].all()
+    rest = torch.tensor([0, 2, 3, 5])
+    for layer, linear in enumerate((model[0], model[2])):
+        whole = torch.linalg.matrix_norm(linear.weight, 2)
+        torch.testing.assert_close(b.layer_norms[rest, layer], whole.expand(4))
+        assert (b.layer_norms[some, layer] < whole * (1 - 1e-6)).all()
+        for samples, norm in ((rest, 4 * whole), (some, None)):
+            (gradient,) = torch.autograd.grad(b.layer_norms[samples, layer].sum(), linear.weight, retain_graph=True)
+            if norm is None:
+                assert gradient.abs().sum() > 0
+            else:
+                torch.testing.assert_close(gradient, torch.autograd.grad(norm, linear.weight)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(b.closeness, torch.ones_like(b.closeness), rtol=1e-7, atol=0)
