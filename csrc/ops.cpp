@@ -84,7 +84,13 @@ struct NoAutocast {
 // Layers take TF32 where torch.backends.cuda.matmul.allow_tf32 or torch.set_float32_matmul_precision asks for it.
 // Without that, torch allows it in convolutions alone; here it is off in both, because a bound is only as good as its
 // rounding.
-bool tf32_is_wanted() { return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST; }
+bool tf32_is_wanted() {
+  try {
+    return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+  } catch (const c10::Error&) {  // torch does not answer where precisions were set by backend: nobody asked in this way
+    return false;
+  }
+}
 
 struct Tf32OnRequest : NoAutocast {
   std::optional<at::NoTF32Guard> no_tf32;
@@ -159,12 +165,18 @@ struct Operator {
   }
 };
 
+void check_geometry(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+  for (const IntArrayRef pair : {stride, padding, dilation})
+    TORCH_CHECK(pair.size() == 2, "stride, padding, dilation: got ", pair, ", want two numbers each");
+}
+
 Tensor narrowed(const Tensor& t, bool bfloat16) { return bfloat16 ? t.to(at::kBFloat16) : t; }
 
 Tensor affine(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
               IntArrayRef padding, IntArrayRef dilation, int64_t groups, bool bfloat16) {
   const c10::OptionalDeviceGuard on_device(at::device_of(weight));
   const Tf32OnRequest precision;
+  check_geometry(stride, padding, dilation);
   const Operator op{narrowed(weight, bfloat16), stride.vec(), padding.vec(), dilation.vec(), groups};
   const OptionalTensor shift = bias ? OptionalTensor(narrowed(*bias, bfloat16)) : std::nullopt;
   return op.apply(narrowed(laid_out(x), bfloat16), shift).to(weight.scalar_type());
@@ -417,6 +429,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const Optio
                                                IntArrayRef dilation, int64_t groups, int64_t iterations) {
   const c10::OptionalDeviceGuard on_device(at::device_of(weight));
   const FullPrecision full_precision;
+  check_geometry(stride, padding, dilation);
   // with few rows (a last layer's classes) this exhausts the Krylov space at next to no cost
   if (weight.dim() == 2 && weight.size(0) <= kWindow) iterations = std::max(iterations, weight.size(0) - 1);
   MaskedNorm in(weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations);

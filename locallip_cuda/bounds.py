@@ -293,7 +293,7 @@ def local_bounds(
         _pass(hidden, proved)
         bounds = _proved(proved, last, failure_probability)
         if agreement.is_due(model, x, proof=True):
-            agreement.check(model, modules, x, bounds.logits, bounds.logit_error)
+            agreement.check(model, modules, x, bounds.logits)
         return bounds
 
 

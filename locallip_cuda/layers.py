@@ -65,6 +65,8 @@ class Operator:
             raise ValueError(
                 f"x: got {x.dtype} on {x.device}, want {self.weight.dtype} on {self.weight.device} as {at(path)}"
             )
+        if self.bias is not None and self.bias.dtype != self.weight.dtype:
+            raise ValueError(f"{at(path)}: got a bias in {self.bias.dtype}, want its weight's, {self.weight.dtype}")
         if self.conv is None:
             wanted, fits = f"(B, {self.weight.shape[1]})", x.dim() == 2 and x.shape[1] == self.weight.shape[1]
         else:
@@ -118,16 +120,22 @@ IDENTITY = Activation("identity", nn.Identity())
 Step = Operator | Activation | nn.Flatten
 
 
+def _pair(value: int | Sequence[int]) -> list[int]:
+    """The two numbers that torch takes an integer, or a sequence of one, for."""
+    pair = [value] if isinstance(value, int) else list(value)
+    return pair * 2 if len(pair) == 1 else pair
+
+
 def _convolution(path: str, module: nn.Conv2d, like: Tensor) -> Operator:
     if module.padding_mode != "zeros":
         raise UnsupportedModuleError(f"{at(path)}: Conv2d with padding_mode={module.padding_mode!r}, want 'zeros'")
     padding = module.padding
     if isinstance(padding, str):
-        reach = [d * (k - 1) for d, k in zip(module.dilation, module.weight.shape[2:], strict=True)]
+        reach = [d * (k - 1) for d, k in zip(_pair(module.dilation), module.weight.shape[2:], strict=True)]
         if padding == "same" and any(r % 2 for r in reach):
             raise UnsupportedModuleError(f"{at(path)}: Conv2d with an uneven 'same' padding, want a symmetric one")
         padding = tuple(r // 2 for r in reach) if padding == "same" else (0, 0)
-    conv = (list(module.stride), list(padding), list(module.dilation), module.groups)
+    conv = (_pair(module.stride), _pair(padding), _pair(module.dilation), module.groups)
     return Operator(module.weight, module.bias, conv)
 
 
@@ -138,15 +146,11 @@ def _relative_error(like: Tensor) -> float:
 def _average_pool(path: str, module: nn.AvgPool2d, like: Tensor) -> Operator:
     if module.ceil_mode or not module.count_include_pad:
         raise UnsupportedModuleError(f"{at(path)}: AvgPool2d, want ceil_mode=False and count_include_pad=True")
-
-    def pair(value: int | tuple[int, int]) -> list[int]:
-        return [value, value] if isinstance(value, int) else list(value)
-
-    kernel, channels = pair(module.kernel_size), like.shape[1]
+    kernel, channels = _pair(module.kernel_size), like.shape[1]
     share = 1 / (module.divisor_override or math.prod(kernel))
-    stride = pair(module.stride if module.stride is not None else module.kernel_size)
+    stride = _pair(module.stride or module.kernel_size)
     weight = like.new_full((channels, 1, *kernel), share)
-    return Operator(weight, None, (stride, pair(module.padding), [1, 1], channels), _relative_error(like))
+    return Operator(weight, None, (stride, _pair(module.padding), [1, 1], channels), _relative_error(like))
 
 
 def _normalize(path: str, module: Normalize, like: Tensor) -> Operator:
@@ -215,7 +219,15 @@ KINDS: dict[type[nn.Module], Callable[[str, Any, Tensor], Step | None]] = {
 OPERATORS = (nn.Linear, nn.Conv2d, nn.AvgPool2d, Normalize)
 
 # What a call of a module looks up on its class, as torch and this package define it, for every kind.
-_CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__", "forward")
+_CALL = (
+    "__call__",
+    "_wrapped_call_impl",
+    "_compiled_call_impl",
+    "_call_impl",
+    "__getattr__",
+    "__getattribute__",
+    "forward",
+)
 _RUNS: dict[type[nn.Module], dict[str, Any]] = {
     kind: {
         name: getattr(kind, name)
@@ -263,6 +275,13 @@ def _leaves(module: nn.Module, path: str) -> Iterator[Leaf]:
         yield from _leaves(child, below)
 
 
+def _compiled(module: nn.Module, name: str) -> bool:
+    """Whether its attribute ``name`` is what ``module.compile()`` sets, and compiles the module's own call."""
+    own = module.__dict__[name]
+    call = getattr(own, "_torchdynamo_orig_callable", None)
+    return name == "_compiled_call_impl" and (own is None or call == module._call_impl)
+
+
 def _kind(module: nn.Module, path: str) -> type[nn.Module]:
     """As which of the ``KINDS``, or as Sequential, ``module`` runs: its own class, or one whose call it inherits."""
     own = type(module)
@@ -271,7 +290,7 @@ def _kind(module: nn.Module, path: str) -> type[nn.Module]:
         what = own.__name__ if module._modules else str(module)
         raise UnsupportedModuleError(f"{at(path)}: {what} has no bound, want one of {SUPPORTED}")
     for name, runs in _RUNS[kind].items():
-        if name in module.__dict__:
+        if name in module.__dict__ and not _compiled(module, name):
             what = f"has a {name!r} of its own, set on the instance"
         elif getattr(own, name) is not runs:
             what = f"overrides {name!r} of {kind.__name__}"

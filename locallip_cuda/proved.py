@@ -74,6 +74,12 @@ def check_provable(modules: Sequence[Leaf]) -> None:
                 f"{at(leaf.path)}: {leaf.module} has no proof, because torch's jumps at its threshold; "
                 "want another activation, or guarantee='estimate'"
             )
+        for name, tensor in (*leaf.module.named_parameters(), *leaf.module.named_buffers()):
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise UnsupportedModuleError(
+                    f"{at(leaf.path)}: its {name} is a {type(tensor).__name__} and has no bound, because it may "
+                    "compute otherwise than a tensor; want a torch.Tensor"
+                )
         for name in getattr(leaf.module, "parametrizations", ()):
             if not torch.equal(getattr(leaf.module, name), getattr(leaf.module, name)):
                 raise UnsupportedModuleError(
@@ -90,7 +96,7 @@ class Rounded:
         self.second = None if activation.second is None else activation.second.detach().double()
 
     def __call__(self, z: Tensor, direction: int) -> Tensor:
-        """phi(z), rounded to +inf (``direction`` 1) or to -inf (-1)."""
+        """phi(z), rounded to +inf (``direction`` 1) or to -inf (-1), or as it is (0)."""
         match self.kind:
             case "identity":
                 return z
@@ -106,7 +112,7 @@ class Rounded:
                     largest, smallest = torch.minimum(largest, self.first), torch.maximum(smallest, self.second)
                 return torch.cat([largest, smallest], 1)
         value = self.activation(z)
-        return value + direction * (SMOOTH_ERROR * UNIT * (1 + value.abs()) + TINY)
+        return value if not direction else value + direction * (SMOOTH_ERROR * UNIT * (1 + value.abs()) + TINY)
 
     def varying(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row mask, column mask, and the two sparsity terms (B, 2) of :func:`locallip_cuda.losses.sparsity`."""
@@ -188,7 +194,9 @@ class ProvedPropagation:
             lower, upper = torch.maximum(lower, box[0]), torch.minimum(upper, box[1])
         rows, self.column_mask, slack = rounded.varying(lower, upper)
         clean = _end_points(self.values, self.error)
-        self.values, self.error = _centred(rounded(clean[0], -1), rounded(clean[1], 1))
+        least, most = rounded(clean[0], -1), rounded(clean[1], 1)
+        self.values = rounded(self.values, 0)  # what float64 makes of it: the middle would drift with the error
+        self.error = torch.maximum(up(most - self.values), up(self.values - least))
         self.centre, self.half_width = _centred(rounded(lower, -1), rounded(upper, 1))
         if operator is None:
             return

@@ -40,6 +40,9 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # is too low and would certify too much.
 EVALUATION_ITERATIONS = 20
 
+# Training samples whose norms are converged at each look, to see how close those of training come.
+CLOSENESS_SAMPLES = 16
+
 _STATISTICS = (
     "samples",
     "loss",
@@ -195,6 +198,24 @@ def evaluate(
         return None
     accuracy, certified_share, lipschitz = (workers.sum(sums) / len(dataset)).tolist()
     return Evaluation(accuracy, certified_share, lipschitz)
+
+
+@torch.no_grad()
+def closeness(
+    model: nn.Sequential, dataset: data.Dataset, recipe: Recipe, eps: float, precision: str = "fp32"
+) -> dict[str, float]:
+    """How much of the true norms training at radius ``eps`` sees, on the first samples of ``dataset``.
+
+    mean and worst of the product of the layer norms, over the samples; layer: the mean of the layer where it is least.
+    """
+    device = next(model.parameters()).device
+    x, _ = dataset.batch(torch.arange(min(CLOSENESS_SAMPLES, len(dataset))), device)
+    with autocast(precision, device):
+        bounds = local_bounds(model, x, eps, radius=recipe.radius, iterations=recipe.iterations)
+    layers = bounds.closeness
+    product = layers.prod(1)
+    found = {"mean": product.mean(), "worst": product.min(), "layer": layers.mean(0).min()}
+    return {f"closeness_{name}": float(value) for name, value in found.items()}
 
 
 class _Signals:
@@ -455,6 +476,13 @@ class Trainer:
         record = {"epoch": float(self.epoch), **means, **schedule, "samples_per_second": speed}
         text = f"epoch {self.epoch}/{recipe.epochs}: {_line(means)} at eps {schedule['eps']:.3g}"
         if evaluation is not None:
+            if schedule["eps"]:
+                seen = closeness(self.model, self.training_set, recipe, schedule["eps"], self.settings.precision)
+                record.update(seen)
+                text += (
+                    f"; closeness {seen['closeness_mean']:.3f}, worst sample {seen['closeness_worst']:.3f}, "
+                    f"worst layer {seen['closeness_layer']:.3f}"
+                )
             record.update({f"test_{name}": value for name, value in vars(evaluation).items()})
             text += (
                 f"; test: accuracy {evaluation.accuracy:.2%}, certified (estimate) {evaluation.certified_estimate:.2%} "

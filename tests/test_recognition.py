@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import locallip_cuda as ll
-from locallip_cuda import agreement, attack, layers
+from locallip_cuda import agreement, attack, layers, ops
 
 GUARANTEES = ["estimate", "probabilistic", "deterministic"]
 every_guarantee = pytest.mark.parametrize("guarantee", GUARANTEES)
@@ -448,6 +450,161 @@ def test_in_place_is_what_it_is_out_of_place(name: str, first: bool, guarantee: 
         ll.losses.robust_cross_entropy(ll.local_bounds(model, x, 0.1), y).backward()
         assert all(p.grad is not None for p in model.parameters())
     assert_certificates_hold(build(True), x, 0.05, guarantee)
+
+
+# --- what torch takes too ---------------------------------------------------------------------------------------------
+
+ONE_NUMBER = {
+    "stride": lambda: nn.Conv2d(2, 4, 3, stride=(2,)),
+    "padding": lambda: nn.Conv2d(2, 4, 3, padding=(1,)),
+    "dilation": lambda: nn.Conv2d(2, 4, 3, dilation=(2,), padding="same"),
+    "pool": lambda: nn.AvgPool2d((2,), stride=(1,), padding=(1,)),
+    "integers set later": lambda: with_attributes(nn.Conv2d(2, 4, 3), stride=2, padding=1, dilation=1),
+    "pool without a stride": lambda: with_attributes(nn.AvgPool2d(2), stride=()),
+}
+
+
+def with_attributes(module: nn.Module, **attributes: object) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+@every_guarantee
+@pytest.mark.parametrize("name", ONE_NUMBER)
+def test_one_number_where_two_are_meant(name: str, guarantee: str) -> None:
+    module = ONE_NUMBER[name]()
+    x = normal(9, 3, 2, 6, 6).float()
+    model = nn.Sequential(module, nn.ReLU(), nn.Flatten(), nn.Linear(module(x)[0].numel(), 3))
+    torch.testing.assert_close(ll.local_bounds(model, x, 0.1, guarantee=guarantee).logits.float(), model(x))
+
+
+def test_ops_want_two_numbers() -> None:
+    x, weight = torch.rand(1, 2, 6, 6), torch.rand(4, 2, 3, 3)
+    for conv in (([2], [0, 0], [1, 1]), ([1, 1], [1], [1, 1]), ([1, 1], [0, 0], [1])):
+        with pytest.raises(RuntimeError, match="want two numbers each"):
+            ops.affine(x, weight, None, *conv, 1)
+        with pytest.raises(RuntimeError, match="want two numbers each"):
+            ops.masked_norm(weight, None, None, None, [1, 2, 6, 6], *conv, 1, 2)
+
+
+@pytest.mark.parametrize("setting", ["backends.cuda.matmul", "backends", "backends.mkldnn.matmul"])
+def test_precision_settings_by_backend(setting: str) -> None:
+    """In a process of its own, because torch does not take the older settings any more after these."""
+    program = f"""
+import torch, locallip_cuda as ll
+torch.{setting}.fp32_precision = "tf32"
+model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+for guarantee in {GUARANTEES}:
+    ll.certify(model, torch.randn(2, 6), 0.1, guarantee=guarantee)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+class Temperature(nn.Sequential):
+    """With a parameter that takes no part in the call, of another dtype."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__(*modules)
+        self.register_parameter("steps", nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False))
+
+
+def test_parameters_of_no_part_and_weights_that_are_buffers() -> None:
+    ll.certify(Temperature(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)), normal(9, 2, 6).float(), 0.1)
+    frozen = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    for layer in (frozen[0], frozen[2]):
+        for name in ("weight", "bias"):
+            value = getattr(layer, name).detach()
+            delattr(layer, name)
+            layer.register_buffer(name, value)
+    for guarantee in GUARANTEES:
+        ll.certify(frozen, normal(9, 2, 6).float(), 0.1, guarantee=guarantee)
+
+
+@every_guarantee
+def test_long_sums_of_equal_terms_are_rounding(guarantee: str) -> None:
+    """A white image under a pooling of all its pixels, and a dense layer of all pixels alike."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pooled = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(112), nn.Flatten(), nn.Linear(8, 9)
+        )
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2))
+    with torch.no_grad():
+        dense[1].weight.fill_(0.1 / (3 * 224 * 224))
+    if guarantee != "deterministic":  # which would take minutes for this convolution
+        ll.certify(pooled, torch.ones(1, 3, 112, 112), 0.01, guarantee=guarantee)
+    ll.certify(dense, torch.full((1, 3, 224, 224), 0.1), 0.05, guarantee=guarantee)
+
+
+@every_guarantee
+def test_underflow_is_rounding(guarantee: str) -> None:
+    layers = [nn.Linear(6, 6, bias=False) for _ in range(3)]
+    model = nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())], nn.Linear(6, 3, bias=False))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator(0)) * 1e-15)
+    ll.certify(model, normal(9, 16, 6).float(), 0.05, guarantee=guarantee)
+
+
+# --- ways around the class --------------------------------------------------------------------------------------------
+
+
+class Intercepting(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        return 3 * result if function is nn.functional.linear else result
+
+
+@every_guarantee
+def test_a_weight_that_intercepts_its_product_is_refused(guarantee: str) -> None:
+    model = nn.Sequential(linear(0, 6, 6), nn.ReLU(), linear(2, 6, 3))
+    weight = model[0].weight.detach().as_subclass(Intercepting)
+    del model[0].weight
+    model[0].register_buffer("weight", weight)
+    with pytest.raises(ll.UnsupportedModuleError, match="its weight is a|differ by"):
+        ll.certify(model, normal(9, 4, 6), 0.1, guarantee=guarantee)
+
+
+@every_guarantee
+def test_a_compiled_call_is_the_module_s_own_or_refused(guarantee: str) -> None:
+    model = nn.Sequential(linear(0, 6, 6), nn.ReLU(), linear(2, 6, 3))
+    model[1].compile(backend="eager")
+    ll.certify(model, normal(9, 4, 6), 0.1, guarantee=guarantee)
+    model[1]._compiled_call_impl = lambda z: z.relu() + 100 * (z - 5).relu()
+    with pytest.raises(ll.UnsupportedModuleError, match=r"model\.1: ReLU has a '_compiled_call_impl' of its own"):
+        ll.certify(model, normal(9, 4, 6), 0.1, guarantee=guarantee)
+
+
+def test_an_empty_comparison_is_none(unrecognised: None) -> None:
+    model = nn.Sequential(linear(0, 6, 6), Steep(), linear(2, 6, 3))
+    ll.local_bounds(model, normal(9, 0, 6), 0.1)
+    ll.local_bounds(model, torch.full((2, 6), torch.nan, dtype=torch.float64), 0.1)
+    with pytest.raises(ll.UnsupportedModuleError, match="more than rounding explains"):
+        ll.local_bounds(model, normal(9, 4, 6), 0.1)
+
+
+@pytest.mark.parametrize("guarantee", GUARANTEES[1:])
+def test_a_subclass_of_tensor_as_x_is_compared_too(guarantee: str, unrecognised: None) -> None:
+    model = nn.Sequential(linear(0, 6, 6), Steep(), linear(2, 6, 3))
+    with pytest.raises(ll.UnsupportedModuleError, match="more than rounding explains"):
+        ll.certify(model, normal(9, 4, 6).as_subclass(type("X", (torch.Tensor,), {})), 0.1, guarantee=guarantee)
+
+
+def test_the_clean_logits_of_a_proof_are_the_network_s_however_deep() -> None:
+    """Their error grows with the depth, and is stated; the values are what float64 makes of them."""
+    g = generator(0)
+    model = nn.Sequential(*[m for _ in range(16) for m in (nn.Linear(256, 256), nn.ReLU())], nn.Linear(256, 3)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (1.41 / 16 if p.dim() == 2 else 0.1))
+    x = normal(9, 4, 256)
+    b = ll.local_bounds(model, x, 1e-6, guarantee="probabilistic")
+    torch.testing.assert_close(b.logits, model(x).detach(), rtol=1e-9, atol=1e-9)
+    assert isinstance(b, ll.ProvedBounds) and (b.logit_error > 1e-9).all()
 
 
 # --- random models ----------------------------------------------------------------------------------------------------

@@ -196,6 +196,20 @@ def test_training_learns(tmp_path: Path) -> None:
     assert evaluation.certified_estimate < evaluation.accuracy
 
 
+def test_looks_say_how_close_the_norms_of_training_come(whole: Path) -> None:
+    """Of the network as it is trained, by its own radius; the last look's again from the checkpoint."""
+    model, numbers, config = train.load_model(whole / train.CHECKPOINT_NAME)
+    looks = [record for record in config["history"] if "test_accuracy" in record]
+    assert looks
+    for record in looks:
+        assert ("closeness_mean" in record) == (record["eps"] > 0)
+        if record["eps"]:
+            assert 0.3 < record["closeness_worst"] <= record["closeness_mean"] <= 1 + 1e-6
+            assert record["closeness_mean"] <= record["closeness_layer"] <= 1 + 1e-6
+    again = train.closeness(model, data.load("digits", train=True), numbers, looks[-1]["eps"])
+    assert again == pytest.approx({name: looks[-1][name] for name in again}, rel=1e-5)
+
+
 def test_same_seed_same_run(tmp_path: Path, whole: Path) -> None:
     _run(tmp_path)
     _same(tmp_path, whole)
