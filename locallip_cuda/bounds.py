@@ -245,8 +245,8 @@ def local_bounds(
     a box (interval arithmetic) with a ball: clean value +- radius * norm of the surviving part of each row.
 
     Args:
-        model: Sequential of supported modules that ends in Linear. Bounds are about what ``model(x)`` computes: a module
-            that may compute something else than its class, by a ``forward`` of its own or a hook, is an error.
+        model: Sequential of supported modules that ends in Linear. Bounds are of what ``model(x)`` computes: one that
+            may compute something else than its classes, by a ``forward`` of its own or a hook, is an error.
         x: (B, *input), float32 or float64 as the model's weights. B = 0 gives empty bounds.
         eps: radius of the ball, a number or (B,), >= 0.
         radius: "local" takes each layer's masked norm into the radius at once; "global" is the paper's: the radius
