@@ -85,7 +85,7 @@ def proved_norms(
         pieces = list(_pieces(weight * scale, rows, cols, size, input_shape[1:], conv))
         limit = None if cap is None else (lambda scale=scale: cap() * scale)
         found = _search(pieces, float(estimate[b]) * scale, size, limit)
-        upper[b] = rescaled(torch.tensor(found, dtype=torch.float64), 1 / scale)
+        upper[b] = rescaled(torch.tensor(found, dtype=torch.float64, device="cpu"), 1 / scale)
     return upper
 
 
@@ -158,7 +158,7 @@ class Banded:
         blocks = list(self._blocks())
         units = self.alive.sum(1)
         widest = max(int(units[first:end].sum()) for first, _, end in blocks)
-        window = torch.empty(widest, widest, dtype=torch.float64)  # of which the lower triangle is used
+        window = torch.empty(widest, widest, dtype=torch.float64, device="cpu")  # of which the lower triangle is used
         held = known = 0  # units in the window; pixels that have entered it
         largest = 0.0
         for first, last, end in blocks:
@@ -189,8 +189,8 @@ class Banded:
 
     def _rows(self, shift: float, first: int, known: int, end: int) -> Tensor:
         """The rows of shift I - G of pixels [known, end), in the columns of pixels [first, end), up to the diagonal."""
-        channels, own = self.alive.shape[1], torch.arange(known, end)
-        rows = torch.zeros(end - known, channels, end - first, channels, dtype=torch.float64)
+        channels, own = self.alive.shape[1], torch.arange(known, end, device="cpu")
+        rows = torch.zeros(end - known, channels, end - first, channels, dtype=torch.float64, device="cpu")
         for offset, values in self.stencil:
             there = own[own - offset >= first]
             rows[there - known, :, there - offset - first, :] -= values[there - offset].transpose(1, 2)
@@ -261,18 +261,20 @@ def _convolution(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
-    places = [torch.arange(k).view(-1, 1) * d - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    places = [
+        torch.arange(k, device="cpu").view(-1, 1) * d - p for k, p, d in zip(kernel, padding, dilation, strict=True)
+    ]
     # where output pixel i takes its k-th tap from, along each axis: (kernel, output)
-    taps = [p + torch.arange(n) * s for p, n, s in zip(places, output, stride, strict=True)]
+    taps = [p + torch.arange(n, device="cpu") * s for p, n, s in zip(places, output, stride, strict=True)]
     inputs = [torch.where((t >= 0) & (t < n), t, -1) for t, n in zip(taps, size, strict=True)]
     # and which output pixel takes its k-th tap from input pixel i: (kernel, input)
     outputs = []
     for place, n, m, s in zip(places, size, output, stride, strict=True):
-        at = torch.arange(n) - place
+        at = torch.arange(n, device="cpu") - place
         outputs.append(torch.where((at % s == 0) & (at >= 0) & (at < m * s), at.div(s, rounding_mode="floor"), -1))
 
     def alive(mask: Tensor | None, channels: int, sizes: Sequence[int]) -> Tensor:
-        everything = torch.ones(channels, *sizes, dtype=torch.bool) if mask is None else mask
+        everything = torch.ones(channels, *sizes, dtype=torch.bool, device="cpu") if mask is None else mask
         return everything.flatten(1).T.contiguous()
 
     row_units, col_units = alive(rows, weight.shape[0], output), alive(cols, weight.shape[1], size)
@@ -317,7 +319,9 @@ class _Side:
 
     def gram(self, square: float) -> Banded:
         taps, hidden, visible = self.weight.shape
-        stencil = {o: torch.zeros(len(self.alive), visible, visible, dtype=torch.float64) for o in self.pairs}
+        stencil = {
+            o: torch.zeros(len(self.alive), visible, visible, dtype=torch.float64, device="cpu") for o in self.pairs
+        }
         for k, own in enumerate(self.weight.transpose(1, 2)):
             masked = own * self.hidden.unsqueeze(1)  # (hidden pixels, visible, hidden channels)
             for offset, pairs in self.pairs.items():

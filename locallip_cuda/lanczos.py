@@ -197,8 +197,8 @@ def _bounds_of_chunk(
     nu = (absolute * power).cpu().repeat_interleave(starts)
     error = (1.01 * terms + 64 * UNIT) * nu.square() * (1 + 8 * UNIT) + 2 * UNDERFLOW
 
-    upper, estimate = torch.full((batch,), math.inf, dtype=torch.float64), torch.zeros(batch, dtype=torch.float64)
-    running = torch.arange(batch)
+    upper, estimate = (torch.full((batch,), value, dtype=torch.float64, device="cpu") for value in (math.inf, 0))
+    running = torch.arange(batch, device="cpu")
     alpha, beta, last = [], [], torch.zeros_like(length)
     limit = 2 * _enough_steps(float(level.clamp_min(TINY).min()), tightness)
     check = 8

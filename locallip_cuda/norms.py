@@ -340,7 +340,7 @@ def norm_bound(
     if not bool(largest.isfinite()):
         raise ValueError("weight: got NaN or infinite values, want finite ones")
     # a power of two away from overflow and underflow of squares: exact, but for entries 2^1000 below the largest
-    exponent = exponent_of(largest) if largest > 0 else torch.tensor(0)
+    exponent = exponent_of(largest) if largest > 0 else torch.tensor(0, device="cpu")
     power = power_of_two(exponent)
     scaled = weight.detach().double() * power_of_two(-exponent).item()
     arguments = (row_mask, col_mask, input_shape, *geometry)

@@ -243,3 +243,14 @@ def test_errors_of_the_bounds_come_through(setting: Setting, device: str) -> Non
         ll.certify(nn.Linear(2, 2), x, 0.1, guarantee="estimate")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="x: got list"):
         ll.certified_radius(model, [1.0], max_eps=1.0, guarantee="estimate")  # type: ignore[arg-type]
+
+
+@every_guarantee
+def test_another_default_device_does_not_matter(guarantee: str, device: str) -> None:
+    """As after torch.set_default_device("cuda"), with a model on the CPU."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).to(device)
+    x = torch.rand(2, 1, 4, 4, device=device)
+    expected = ll.certify(model, x, 0.1, guarantee=guarantee)
+    with torch.device("meta"):
+        found = ll.certify(model, x, 0.1, guarantee=guarantee)
+    torch.testing.assert_close(found.margin, expected.margin, rtol=1e-2, atol=1e-3)
