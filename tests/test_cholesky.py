@@ -301,7 +301,7 @@ def test_nothing_but_the_lower_triangle_is_read(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(cholesky, "PANEL", 4)
     shift = 1.0001 * torch.linalg.svdvals(masked_matrices(matrix(weight, size, **conv), rows, cols)[0])[0].item() ** 2
     expected = piece.error(shift)
-    monkeypatch.setattr(torch, "empty", lambda *shape, dtype: torch.full(shape, math.nan, dtype=dtype))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, math.nan, **options))
     assert expected is not None and piece.error(shift) == expected
 
 
