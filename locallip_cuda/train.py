@@ -104,7 +104,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def certified_loss(kind: str, bounds: LocalBounds, y: Tensor) -> Tensor:
-    """The certified loss ``kind`` (bcp, gloro or lmt; DESIGN 2.7), a scalar."""
+    """The certified loss ``kind`` (bcp, gloro or lmt), a scalar."""
     function = {"bcp": losses.robust_cross_entropy, "gloro": losses.gloro, "lmt": losses.lipschitz_margin}[kind]
     return function(bounds, y)
 
