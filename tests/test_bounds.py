@@ -52,7 +52,7 @@ def flat_leaves(model: nn.Sequential) -> list[nn.Module]:
 
 
 def masks_of(module: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns that stay, by DESIGN's words; lower, upper (B, *shape)."""
+    """Rows and columns that stay by the rules of the paper and of MaxMin; lower, upper (B, *shape)."""
     stays = torch.ones_like(lower, dtype=torch.bool)
     if isinstance(module, nn.ReLU):
         stays = upper > 0
