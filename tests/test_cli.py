@@ -101,7 +101,7 @@ def test_a_stopped_certification_goes_on(number: signal.Signals, tmp_path: Path)
     out = tmp_path / "run"
     assert cli.main([*TRAIN, "--epochs", "1", "--out", str(out)]) == 0
     command = [sys.executable, "-m", "locallip_cuda", "certify", str(out), "--batch-size", "4", "--device", "cpu"]
-    command += ["--limit", "48"]
+    command += ["--limit", "120"]
     partial = out / "certify.partial.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -115,10 +115,10 @@ def test_a_stopped_certification_goes_on(number: signal.Signals, tmp_path: Path)
     if number == signal.SIGINT:
         assert process.returncode == 128 + number and "The same command goes on from there." in printed
     done = len(json.loads(partial.read_text())["samples"])
-    assert 4 <= done < 48
+    assert 4 <= done < 120
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
     assert f"{done} samples are done" in finished.stdout and not partial.exists()
-    assert json.loads((out / "certify.json").read_text())["result"]["samples"] == 48
+    assert json.loads((out / "certify.json").read_text())["result"]["samples"] == 120
 
 
 def test_a_refuted_proof_is_an_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import generator, small_network
-from torch import Tensor
+from torch import Tensor, nn
 
 import locallip_cuda as ll
 
@@ -21,9 +22,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(1)
 
 
-def results(guarantee: str) -> list[Tensor]:
+def results(guarantee: str, model: nn.Sequential | None = None) -> list[Tensor]:
     """Bounds, margins and gradients of 33 samples: more than there are threads, and no multiple of them."""
-    model = small_network("clipped-maxmin", dtype=torch.float32)
+    model = model or small_network("clipped-maxmin", dtype=torch.float32)
     x = torch.rand(33, 2, 6, 6, generator=generator(0))
     bounds = ll.local_bounds(model, x, 0.1, guarantee=guarantee, seed=0 if guarantee == "probabilistic" else None)
     y = torch.arange(33) % 5
@@ -42,9 +43,8 @@ def test_threads_do_not_change_results(guarantee: str, threads: int) -> None:
         torch.testing.assert_close(ours, single, rtol=1e-5, atol=1e-6)
 
 
-def trained_alone(steps: int) -> tuple[list[Tensor], set[bool]]:
+def trained(model: nn.Sequential, steps: int) -> tuple[list[Tensor], set[bool]]:
     """Weights after some steps, and the states of cuDNN's switch seen on the way."""
-    model = small_network("clipped-relu", seed=3, dtype=torch.float32)
     optimiser, switches = torch.optim.Adam(model.parameters(), lr=1e-2), set()
     x, y = torch.rand(8, 2, 6, 6, generator=generator(1)), torch.arange(8) % 5
     for _ in range(steps):
@@ -59,8 +59,11 @@ def trained_alone(steps: int) -> tuple[list[Tensor], set[bool]]:
 
 def test_two_threads_certify_while_a_third_trains() -> None:
     """None notices the others: the same proofs and the same weights as alone, and no switch of the process is moved."""
-    alone = {guarantee: results(guarantee) for guarantee in ("probabilistic", "deterministic")}
-    weights, _ = trained_alone(40)
+    # networks are drawn from torch's global generator, and so before there are threads
+    certified = {g: small_network("clipped-maxmin", dtype=torch.float32) for g in ("probabilistic", "deterministic")}
+    model = small_network("clipped-relu", seed=3, dtype=torch.float32)
+    alone = {guarantee: results(guarantee, network) for guarantee, network in certified.items()}
+    weights, _ = trained(copy.deepcopy(model), 40)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     over = threading.Event()
@@ -68,13 +71,13 @@ def test_two_threads_certify_while_a_third_trains() -> None:
     def certify(guarantee: str) -> list[list[Tensor]]:
         found = []
         while not over.is_set() or not found:
-            found.append(results(guarantee))
+            found.append(results(guarantee, certified[guarantee]))
         return found
 
     try:
         with ThreadPoolExecutor(3) as pool:
             proofs = {guarantee: pool.submit(certify, guarantee) for guarantee in alone}
-            training = pool.submit(trained_alone, 40)
+            training = pool.submit(trained, model, 40)
             try:
                 together, switches = training.result()
             finally:
