@@ -14,7 +14,7 @@ from .layers import Activation, Leaf, Operator, UnsupportedModuleError
 # How many times the rounding, as estimated here, a difference may be.
 MARGIN = 8
 
-# Sums of m terms that are all alike, added one after another, are off by up to m / 7 units of roundoff.
+# Sums of m terms that are all alike, added one after another, were seen off by m / 7 units of roundoff.
 DRIFT = 1 / 8
 
 _agreed: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -176,8 +176,7 @@ def _only_where(
 
     def checked(path: str, module: Any, like: Tensor) -> Step | None:
         if not holds(module):
-            mode = " in training mode" if module.training else ""
-            raise UnsupportedModuleError(f"{at(path)}: {module}{mode} has no bound, want {wanted}")
+            raise UnsupportedModuleError(f"{at(path)}: {module} has no bound, want {wanted}")
         return build(path, module, like)
 
     return checked
@@ -187,7 +186,7 @@ def _nothing(path: str, module: nn.Module, like: Tensor) -> None:
     return None
 
 
-_in_eval_mode = _only_where(lambda module: not module.training, "eval mode", _nothing)
+_in_eval_mode = _only_where(lambda module: not module.training, "eval mode: it is in training mode", _nothing)
 
 # What each kind of module does to the bounds of an input shaped as the last argument; None where it does nothing.
 KINDS: dict[type[nn.Module], Callable[[str, Any, Tensor], Step | None]] = {

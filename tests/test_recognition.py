@@ -339,9 +339,7 @@ UNSEEN = ["backward hook", "the older spectral_norm", "the older weight_norm", "
 @every_guarantee
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [name for name in OTHERS if "hook" not in name and name not in UNSEEN])
-def test_the_clean_logits_are_compared(
-    name: str, dtype: torch.dtype, guarantee: str, unrecognised: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_clean_logits_are_compared(name: str, dtype: torch.dtype, guarantee: str, unrecognised: None) -> None:
     model, x = other(name)
     with pytest.raises(ll.UnsupportedModuleError, match=r"model: model\(x\) and its modules one after another differ"):
         ll.certify(model.to(dtype), x.to(dtype), 0.05, guarantee=guarantee)
