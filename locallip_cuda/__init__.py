@@ -6,21 +6,24 @@ import pkgutil
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from . import losses, models, nn
-from .bounds import LocalBounds, ProvedBounds, local_bounds
+from .bounds import LocalBounds, ProvedBounds, global_bounds, local_bounds
 from .build_info import build_info
 from .certify import Certificate, certified_radius, certify
 from .layers import UnsupportedModuleError
 from .norms import NormBound, masked_norm, masked_norm_bound
+from .training_norms import TrainingNorms
 
 __all__ = [
     "Certificate",
     "LocalBounds",
     "NormBound",
     "ProvedBounds",
+    "TrainingNorms",
     "UnsupportedModuleError",
     "build_info",
     "certified_radius",
     "certify",
+    "global_bounds",
     "local_bounds",
     "losses",
     "masked_norm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import agreement, ops
-from .layers import IDENTITY, OPERATORS, SUPPORTED, Activation, Leaf, Operator, UnsupportedModuleError, at, leaves
+from .layers import IDENTITY, OPERATORS, Activation, Leaf, Operator, clean_pass, network
 from .norms import (
     ESTIMATE_ITERATIONS,
     check_guarantee,
@@ -21,9 +22,10 @@ from .norms import (
     stated_failure_probability,
     values_are_at_hand,
 )
-from .propagation import Propagation
+from .propagation import GLOBAL_ITERATIONS, Propagation
 from .proved import ProvedPropagation, affine, check_provable, gains
 from .rounding import textbook_products, up
+from .training_norms import TrainingNorms
 
 
 @dataclass
@@ -120,13 +122,7 @@ class LocalBounds:
     def check_labels(self, y: Tensor) -> None:
         """TypeError or ValueError where ``y`` is no int64 tensor (B,) of classes, or where there is one class alone."""
         self._check_classes()
-        classes = self.logits.shape[1]
-        if not isinstance(y, Tensor) or y.dtype != torch.int64:
-            raise TypeError(f"y: got {described(y)}, want a torch.int64 tensor")
-        if y.shape != self.logits.shape[:1]:
-            raise ValueError(f"y: got shape {tuple(y.shape)}, want ({self.logits.shape[0]},)")
-        if values_are_at_hand(y) and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
-            raise ValueError(f"y: got labels in [{int(y.min())}, {int(y.max())}], want [0, {classes})")
+        _check_labels(y, *self.logits.shape)
 
     def margin(self, y: Tensor | None = None) -> Tensor:
         """(B,) lower bound over the ball of logit y minus the best other logit; ``y`` is the prediction by default.
@@ -203,6 +199,37 @@ def _is_label(logits: Tensor, y: Tensor) -> Tensor:
     return torch.arange(logits.shape[1], device=y.device) == y.unsqueeze(1)
 
 
+def _check_labels(y: Tensor | None, batch: int, classes: int) -> None:
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError(f"y: got {described(y)}, want a torch.int64 tensor")
+    if y.shape != (batch,):
+        raise ValueError(f"y: got shape {tuple(y.shape)}, want ({batch},)")
+    if values_are_at_hand(y) and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(f"y: got labels in [{int(y.min())}, {int(y.max())}], want [0, {classes})")
+
+
+def _check_input(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x: got {described(x)}, want a torch.float32 or torch.float64 tensor")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want (B, ...)")
+
+
+def _check_iterations(iterations: int) -> None:
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+        raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
+
+
+def _check_norms(norms: TrainingNorms, hidden: Sequence[Leaf], guarantee: str = "estimate") -> None:
+    if not isinstance(norms, TrainingNorms):
+        raise TypeError(f"norms: got {described(norms)}, want a locallip_cuda.TrainingNorms or None")
+    if guarantee != "estimate":
+        raise ValueError(f"norms: got some under guarantee {guarantee!r}, want None: they prove nothing")
+    layers = sum(leaf.kind in OPERATORS for leaf in hidden)
+    if len(norms.iterations) != layers:
+        raise ValueError(f"norms: got those of {len(norms.iterations)} layers, want model's {layers}")
+
+
 def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(eps, Tensor):
         if eps.shape not in ((), x.shape[:1]):
@@ -236,6 +263,8 @@ def local_bounds(
     guarantee: str = "estimate",
     failure_probability: float = 1e-9,
     seed: int | None = None,
+    norms: TrainingNorms | None = None,
+    y: Tensor | None = None,
 ) -> LocalBounds:
     """Bounds of ``model`` over the l2 ball of radius ``eps`` around each sample of ``x``, differentiable in both, once,
     unless they are to be proved.
@@ -255,6 +284,8 @@ def local_bounds(
         iterations: of :func:`locallip_cuda.masked_norm`, per layer, for the estimate. Samples from which no row or
             column of a layer goes share one norm, of 15 iterations or more. ``closeness`` of the result says how much
             of the true norms they see.
+        norms: the state of a training's norms, in place of ``iterations``: in training they keep the estimate close.
+        y: (B,) int64 labels, which choose where ``norms`` start.
         guarantee: "estimate": differentiable, for training; norms are Rayleigh quotients, which can be too small, so
             nothing is proved. "probabilistic", "deterministic": :class:`ProvedBounds`, in float64 with all rounding
             accounted for and without gradients; the norms are those of :func:`locallip_cuda.masked_norm_bound`.
@@ -269,22 +300,16 @@ def local_bounds(
     check_guarantee(guarantee, failure_probability, seed)
     if radius not in ("local", "global"):
         raise ValueError(f"radius: got {radius!r}, want 'local' or 'global'")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
-    if not isinstance(model, nn.Sequential):
-        raise UnsupportedModuleError(f"model: got {type(model).__name__}, want a Sequential of {SUPPORTED}")
-    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x: got {described(x)}, want a torch.float32 or torch.float64 tensor")
-    if x.dim() < 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, want (B, ...)")
-    modules = leaves(model)
-    if not modules or modules[-1].kind is not nn.Linear:
-        end = f"{at(modules[-1].path)}: {modules[-1].module}" if modules else "nothing"
-        raise UnsupportedModuleError(f"model: ends in {end}, want a Linear at its end")
+    _check_iterations(iterations)
+    _check_input(x)
+    modules = network(model)
     *hidden, last = modules
+    if norms is not None:
+        _check_norms(norms, hidden, guarantee)
+        _check_labels(y, len(x), last.module.out_features)
     radii = _radius_of_input(eps, x if guarantee == "estimate" else x.double())
     if guarantee == "estimate":
-        propagation = Propagation(x, radii, radius, iterations)
+        propagation = Propagation(x, radii, radius, iterations, norms, y)
         _pass(hidden, propagation)
         estimated = _estimated(propagation, last)
         if agreement.is_due(model, x, proof=False):
@@ -299,6 +324,69 @@ def local_bounds(
         if agreement.is_due(model, x, proof=True):
             agreement.check(model, modules, x, bounds.logits)
         return bounds
+
+
+def global_bounds(
+    model: nn.Sequential,
+    x: Tensor,
+    eps: float | Tensor,
+    *,
+    iterations: int = GLOBAL_ITERATIONS,
+    norms: TrainingNorms | None = None,
+) -> LocalBounds:
+    """The plain global bound, in the shape of a local one: every row and column stays, and no box helps; an estimate.
+
+    With it the losses are the published ones, GloRo's, LMT's, BCP's without its box. It is the baseline of the local
+    bound, and cheap: a norm is taken once for all samples.
+
+    Args:
+        model, x, eps, errors: as for :func:`local_bounds`.
+        iterations: of each norm, where there are no ``norms``.
+        norms: the state of a training's norms: each starts where the last call's ended, and takes 15.
+    """
+    _check_iterations(iterations)
+    _check_input(x)
+    modules = network(model)
+    if norms is not None:
+        _check_norms(norms, modules[:-1])
+    radii = _radius_of_input(eps, x)
+    operators: list[tuple[Operator, list[int]]] = []
+    masks: list[Tensor] = []
+    found: list[Tensor] = []
+    *hidden, (head, features, logits) = clean_pass(modules, x)
+    for step, value, output in hidden:
+        if not isinstance(step, Operator):
+            continue
+        sizes = list(value.shape[1:])
+        if norms is None:
+            norm = step.norm(None, None, [1, *sizes], None, iterations)[0]
+        else:
+            norm = norms.shared_norm(len(found), step, sizes)
+        found.append(norm.expand(len(x)))
+        masks.append(torch.ones_like(output, dtype=torch.bool))
+        operators.append((step.snapshot(), sizes))
+    assert isinstance(head, Operator)
+    layer_norms = torch.stack(found, 1) if found else features.new_ones(len(x), 0)
+    lipschitz = layer_norms.prod(1)
+    radius = radii * lipschitz
+    return LocalBounds(
+        logits=logits,
+        radius=radius,
+        layer_norms=layer_norms,
+        lipschitz=lipschitz,
+        features=features.clone(),
+        lower=features - radius.unsqueeze(1),
+        upper=features + radius.unsqueeze(1),
+        row_masks=masks,
+        column_masks=masks,
+        varying=_stacked([_counts(mask, mask) for mask in masks], features),
+        eps=radii,
+        guarantee="estimate",
+        last_weight=head.weight.clone(),
+        sparsity_terms=features.new_zeros(1, 2),
+        operators=operators,
+        input_masks=[None] * len(found),
+    )
 
 
 def _pass(hidden: list[Leaf], propagation: Propagation | ProvedPropagation) -> None:

@@ -262,6 +262,17 @@ def leaves(model: nn.Module) -> list[Leaf]:
     return list(_leaves(model, ""))
 
 
+def network(model: nn.Module) -> list[Leaf]:
+    """The :func:`leaves` of a network that has bounds: a Sequential that ends in Linear. UnsupportedModuleError."""
+    if not isinstance(model, nn.Sequential):
+        raise UnsupportedModuleError(f"model: got {type(model).__name__}, want a Sequential of {SUPPORTED}")
+    modules = leaves(model)
+    if not modules or modules[-1].kind is not nn.Linear:
+        end = f"{at(modules[-1].path)}: {modules[-1].module}" if modules else "nothing"
+        raise UnsupportedModuleError(f"model: ends in {end}, want a Linear at its end")
+    return modules
+
+
 def _leaves(module: nn.Module, path: str) -> Iterator[Leaf]:
     kind = _kind(module, path)
     if kind is not nn.Sequential:
@@ -272,6 +283,18 @@ def _leaves(module: nn.Module, path: str) -> Iterator[Leaf]:
         if child is None:
             raise UnsupportedModuleError(f"{at(below)}: got None, want a module")
         yield from _leaves(child, below)
+
+
+def clean_pass(modules: Sequence[Leaf], x: Tensor) -> Iterator[tuple[Step | None, Tensor, Tensor]]:
+    """What each of ``modules`` does, the clean value that it gets, and the one that it makes of it."""
+    for leaf in modules:
+        step, value = leaf.step(x), x
+        if isinstance(step, Operator):
+            step.check_input(leaf.path, x)
+            x = step(x, step.weight, step.bias)
+        elif step is not None:
+            x = step(x)
+        yield step, value, x
 
 
 def _compiled(module: nn.Module, name: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import ops
 from .layers import Activation, Operator, at
 from .norms import values_are_at_hand
+from .training_norms import SHARED_ITERATIONS, TrainingNorms
 
 # The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a
 # convolution has it nearly for free, a dense layer reads its whole weight for it. As a value they want to be converged.
@@ -17,19 +18,28 @@ START_ITERATIONS = 8
 DENSE_START_ITERATIONS = 5
 GLOBAL_ITERATIONS = 30
 
-# Samples from which no row or column of a layer goes all have its global norm, as all samples often do of convolutions
-# at a large radius. One run for them, of a batch of one, may take as many steps as kernels on a GPU's chip do.
-SHARED_ITERATIONS = 15
-
 
 class Propagation:
-    """The state of one pass: what is known of the values behind the layers that have been passed."""
+    """The state of one pass: what is known of the values behind the layers that have been passed.
 
-    def __init__(self, x: Tensor, eps: Tensor, radius: str, iterations: int) -> None:
+    The masked norms take ``iterations``, from the global singular vectors, or those of ``kept`` with the labels ``y``.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        eps: Tensor,
+        radius: str,
+        iterations: int,
+        kept: TrainingNorms | None = None,
+        y: Tensor | None = None,
+    ) -> None:
         self.batch = x.shape[0]
         self.eps = eps
         self.local = radius == "local"
         self.iterations = iterations
+        self.kept = kept
+        self.y = y
         # clean values, followed by the box centres once there is a box: one convolution serves both
         self.values = x.clone(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
         # at the input the ball lies inside the box +- eps, and so it does behind the first operator: no box needed yet
@@ -96,36 +106,43 @@ class Propagation:
         everything: Tensor,
     ) -> Tensor:
         """(B,) masked norms, and the radius times them; ``everything``: (B,) where no row or column goes."""
-        one, shared = [1, *sizes], None
+        whole: Tensor | None = None
+        start: Tensor | None = None
         if not self.local:
-            shared, start, _ = operator.norm(None, None, one, None, max(self.iterations, GLOBAL_ITERATIONS))
-        elif not values_are_at_hand(everything) or bool(everything.any()):
-            shared, start, _ = operator.norm(None, None, one, None, max(self.iterations, SHARED_ITERATIONS))
+            iterations = max(self.iterations, GLOBAL_ITERATIONS)
+            whole, start, _ = operator.norm(None, None, [1, *sizes], None, iterations)
+        if self.kept is not None and self.y is not None:
+            norm = self.kept.norm(len(self.norms), operator, rows, columns, sizes, self.y)
         else:
-            with torch.no_grad():
-                steps = DENSE_START_ITERATIONS if operator.conv is None else START_ITERATIONS
-                start = operator.norm(None, None, one, None, steps)[1]
-        norm = self._masked_norm(operator, rows, columns, sizes, start, everything, shared)
-        self.reach = self.reach * (norm if self.local or shared is None else shared)
+            norm = self._fresh_norm(operator, rows, columns, sizes, everything, whole, start)
+        self.reach = self.reach * (norm if whole is None else whole)
         if values_are_at_hand(norm) and bool(norm.isnan().any()):
             raise ValueError(f"{at(path)}: got NaN or infinite weights, want finite ones")
         return norm
 
-    def _masked_norm(
+    def _fresh_norm(
         self,
         operator: Operator,
         rows: Tensor,
         columns: Tensor | None,
         sizes: list[int],
-        start: Tensor,
         everything: Tensor,
-        shared: Tensor | None,
+        whole: Tensor | None,
+        start: Tensor | None,
     ) -> Tensor:
-        if shared is None or not values_are_at_hand(everything):
+        """From the global singular vector; the samples that lose nothing have the global norm, ``whole``."""
+        one = [1, *sizes]
+        if whole is None and (not values_are_at_hand(everything) or bool(everything.any())):
+            whole, start, _ = operator.norm(None, None, one, None, max(self.iterations, SHARED_ITERATIONS))
+        elif whole is None:
+            with torch.no_grad():
+                steps = DENSE_START_ITERATIONS if operator.conv is None else START_ITERATIONS
+                start = operator.norm(None, None, one, None, steps)[1]
+        if whole is None or not values_are_at_hand(everything):
             norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
-            return norm if shared is None else torch.where(everything, shared, norm)
+            return norm if whole is None else torch.where(everything, whole, norm)
         rest = (~everything).nonzero()[:, 0]
-        norm = shared.expand(self.batch)
+        norm = whole.expand(self.batch)
         if not len(rest):
             return norm
         columns = None if columns is None else columns[rest]

@@ -26,11 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import checkpoint, data, losses, models
-from .bounds import LocalBounds, local_bounds
+from .bounds import LocalBounds, global_bounds, local_bounds
 from .build_info import build_info
 from .checkpoint import CheckpointError
 from .distributed import Workers
 from .presets import Recipe
+from .training_norms import SAMPLES, TrainingNorms
 from .training_step import TrainingStep, adam
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -40,8 +41,11 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # is too low and would certify too much.
 EVALUATION_ITERATIONS = 20
 
-# Training samples whose norms are converged at each look, to see how close those of training come.
+# Training samples whose norms are converged after each epoch, to see how close those of training come.
 CLOSENESS_SAMPLES = 16
+
+# Steps between two looks at how close the norms come, after which their iterations are chosen anew.
+CONTROL_EVERY = 25
 
 _STATISTICS = (
     "samples",
@@ -116,6 +120,8 @@ class Objective(nn.Module):
     here, on the wrapped parameters, is what lets DistributedDataParallel see them. At kappa = 1 only the clean logits
     are needed, and no bound is computed; a kappa that is a tensor, float64, is taken to be below 1 without a look at
     it. The statistics are sums over the batch, in the order of ``_STATISTICS``, float64 on x's device.
+
+    ``norms`` is the state of the norms where the recipe leaves their iterations open, None otherwise.
     """
 
     def __init__(self, model: nn.Sequential, recipe: Recipe, precision: str = "fp32") -> None:
@@ -123,6 +129,17 @@ class Objective(nn.Module):
         self.model = model
         self.recipe = recipe
         self.precision = precision
+        first = next(model.parameters()).new_zeros(1, *models.spec(recipe.preset).input_shape)
+        self.norms = None if recipe.iterations else TrainingNorms(model, first)
+
+    def bounds(self, x: Tensor, y: Tensor, eps: float | Tensor) -> LocalBounds:
+        """What the certified loss is of."""
+        recipe = self.recipe
+        if recipe.bound == "global":
+            return global_bounds(self.model, x, eps, iterations=recipe.iterations, norms=self.norms)
+        return local_bounds(
+            self.model, x, eps, radius=recipe.radius, iterations=recipe.iterations, norms=self.norms, y=y
+        )
 
     def forward(self, x: Tensor, y: Tensor, eps: float | Tensor, kappa: float | Tensor) -> tuple[Tensor, Tensor]:
         recipe, count = self.recipe, x.shape[0]
@@ -135,7 +152,7 @@ class Objective(nn.Module):
         robust = sparsity = certified = lipschitz = zero = number(0)
         with autocast(self.precision, x.device):
             if bounded:
-                bounds = local_bounds(self.model, x, eps, radius=recipe.radius, iterations=recipe.iterations)
+                bounds = self.bounds(x, y, eps)
                 logits = bounds.logits
             else:
                 logits = self.model(x)
@@ -201,18 +218,23 @@ def evaluate(
 
 
 @torch.no_grad()
-def closeness(
-    model: nn.Sequential, dataset: data.Dataset, recipe: Recipe, eps: float, precision: str = "fp32"
-) -> dict[str, float]:
+def bounds_at_rest(objective: Objective, x: Tensor, y: Tensor, eps: float) -> LocalBounds:
+    """The bounds of a training step, which leave the state of its norms as it is."""
+    objective.eval()
+    with autocast(objective.precision, x.device):
+        bounds = objective.bounds(x, y, eps)
+    objective.train()
+    return bounds
+
+
+def closeness(objective: Objective, dataset: data.Dataset, eps: float) -> dict[str, float]:
     """How much of the true norms training at radius ``eps`` sees, on the first samples of ``dataset``.
 
     mean and worst of the product of the layer norms, over the samples; layer: the mean of the layer where it is least.
     """
-    device = next(model.parameters()).device
-    x, _ = dataset.batch(torch.arange(min(CLOSENESS_SAMPLES, len(dataset))), device)
-    with autocast(precision, device):
-        bounds = local_bounds(model, x, eps, radius=recipe.radius, iterations=recipe.iterations)
-    layers = bounds.closeness
+    device = next(objective.parameters()).device
+    x, y = dataset.batch(torch.arange(min(CLOSENESS_SAMPLES, len(dataset))), device)
+    layers = bounds_at_rest(objective, x, y, eps).closeness
     product = layers.prod(1)
     found = {"mean": product.mean(), "worst": product.min(), "layer": layers.mean(0).min()}
     return {f"closeness_{name}": float(value) for name, value in found.items()}
@@ -284,6 +306,7 @@ class Trainer:
         self.steps = len(self.batches)
 
         self.model = build_model(recipe).to(settings.device)
+        self.objective = Objective(self.model, recipe, settings.precision)
         torch.manual_seed(recipe.seed + self.workers.rank)
         # Under several processes the exchange of gradients stays out of graphs.
         self.capture = settings.device.type == "cuda" and self.workers.count == 1
@@ -311,6 +334,8 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimiser.state[parameter].items():
                 tensors[f"optimiser/{name}/{key}"] = value
+        if self.objective.norms is not None:
+            tensors.update({f"norms/{name}": value for name, value in self.objective.norms.state_dict().items()})
         for name, parts in gathered.items():
             tensors.update({f"{name}/{rank}": part for rank, part in enumerate(parts)})
         config = {
@@ -345,6 +370,8 @@ class Trainer:
                 f"{self.path}: trained on {samples} samples, the training set here has {len(self.training_set)}"
             )
         checkpoint.load_into(self.model, checkpoint.group(tensors, "model"), self.path)
+        if self.objective.norms is not None:
+            checkpoint.load_into(self.objective.norms, checkpoint.group(tensors, "norms"), self.path)
         self._restore_optimiser(checkpoint.group(tensors, "optimiser"))
         # Each process takes up its own sums and random state; those of processes that are no more count in the first.
         totals, random = checkpoint.group(tensors, "progress/totals"), checkpoint.group(tensors, "random")
@@ -379,13 +406,15 @@ class Trainer:
         every case.
         """
         evaluation: Evaluation | None = None
-        objective: nn.Module = Objective(self.model, self.recipe, self.settings.precision)
+        objective: nn.Module = self.objective
         if self.workers.count > 1:
             # With one input channel two sets of strides describe the same layout; torch warns of any difference.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             device_ids = [self.settings.device] if self.settings.device.type == "cuda" else None
             objective = DistributedDataParallel(objective, device_ids=device_ids)
-        update = TrainingStep(objective, self.optimiser, capture=self.capture)
+        norms = self.objective.norms
+        launches = {} if norms is None else {"launches": norms.launches}
+        update = TrainingStep(objective, self.optimiser, capture=self.capture, **launches)
         self.settings.out.mkdir(parents=True, exist_ok=True)
         with (
             _Signals(self.workers.started_by_torchrun) as signals,
@@ -459,7 +488,18 @@ class Trainer:
 
     def _train_step(self, update: TrainingStep, x: Tensor, y: Tensor) -> None:
         now, recipe = self.epoch + self.step / self.steps, self.recipe
+        if recipe.kappa(now) < 1 and (self.epoch * self.steps + self.step) % CONTROL_EVERY == 0:
+            self._control_norms(x, y, recipe.radius_at(now))
         self.totals += update(x, y, recipe.radius_at(now), recipe.kappa(now), recipe.learning_rate_at(now))
+
+    def _control_norms(self, x: Tensor, y: Tensor, eps: float) -> None:
+        """Choose the norms' iterations anew, by a look at the first samples of the first process."""
+        norms = self.objective.norms
+        if norms is None or self.recipe.bound == "global":
+            return
+        x, y = x[:SAMPLES], y[:SAMPLES]
+        norms.control(bounds_at_rest(self.objective, x, y, eps), y)
+        norms.set_extra_state(self.workers.gather(norms.get_extra_state())[0])
 
     def _finish_epoch(
         self, means: dict[str, float], evaluation: Evaluation | None, speed: float, board: Any, terminal: bool
@@ -475,14 +515,16 @@ class Trainer:
         }
         record = {"epoch": float(self.epoch), **means, **schedule, "samples_per_second": speed}
         text = f"epoch {self.epoch}/{recipe.epochs}: {_line(means)} at eps {schedule['eps']:.3g}"
+        if schedule["eps"]:
+            seen = closeness(self.objective, self.training_set, schedule["eps"])
+            record.update(seen)
+            text += (
+                f"; closeness {seen['closeness_mean']:.3f}, worst sample {seen['closeness_worst']:.3f}, "
+                f"worst layer {seen['closeness_layer']:.3f}"
+            )
+            if self.objective.norms is not None and recipe.bound == "local":
+                text += f", iterations {self.objective.norms.extra_repr()}"
         if evaluation is not None:
-            if schedule["eps"]:
-                seen = closeness(self.model, self.training_set, recipe, schedule["eps"], self.settings.precision)
-                record.update(seen)
-                text += (
-                    f"; closeness {seen['closeness_mean']:.3f}, worst sample {seen['closeness_worst']:.3f}, "
-                    f"worst layer {seen['closeness_layer']:.3f}"
-                )
             record.update({f"test_{name}": value for name, value in vars(evaluation).items()})
             text += (
                 f"; test: accuracy {evaluation.accuracy:.2%}, certified (estimate) {evaluation.certified_estimate:.2%} "

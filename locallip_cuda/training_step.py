@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +30,12 @@ class Replayed:
     All that ``function`` reads has to stay where it is in memory. The result of a call holds until the next one.
 
     Args:
-        stream: for the first calls and the capture.   pool: the graph's memory, shared with graphs that never run at
-            the same time.
+        stream: for the first calls and the capture.
     """
 
-    def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) -> None:
+    def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream) -> None:
         self._function = function
         self._stream = stream
-        self._pool = pool
         self._warm_up_calls = WARM_UP_CALLS
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor
@@ -49,7 +46,7 @@ class Replayed:
             return self._run()
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):  # records, does not run
+            with torch.cuda.graph(graph, stream=self._stream):  # records, does not run
                 self._result = self._function()
             self._graph = graph
         self._graph.replay()
@@ -68,23 +65,33 @@ class TrainingStep:
     """One update of the weights: forward pass with bounds, loss, backward pass, optimiser, projection of thresholds.
 
     What differs between steps stands in tensors on the device, which are written before the step. So it can be one CUDA
-    graph, for kappa = 1, where no bound is computed, and another below.
+    graph, for kappa = 1, where no bound is computed, and another below, made anew when ``launches`` changes.
 
     Args:
         objective: module of (x, y, eps, kappa) that returns the loss and a tensor of statistics.
         optimiser: of its parameters; where ``capture``, with all its state on the device, as from :func:`adam`.
         capture: replay CUDA graphs; all batches then have to be of one shape. Otherwise every step runs eagerly.
+        launches: what a step with bounds launches, asked before each.
     """
 
-    def __init__(self, objective: nn.Module, optimiser: torch.optim.Optimizer, *, capture: bool) -> None:
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        *,
+        capture: bool,
+        launches: Callable[[], Hashable] = lambda: None,
+    ) -> None:
         self._objective = objective
         self._optimiser = optimiser
         self._capture = capture
+        self._launches = launches
         device = next(objective.parameters()).device
         # In float64, as the numbers they stand for, so that they round where those would.
         self._eps, self._kappa = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         self._inputs: tuple[Tensor, Tensor] | None = None
-        self._updates: dict[bool, Replayed] = {}
+        self._stream: torch.cuda.Stream
+        self._updates: dict[bool, tuple[Hashable, Replayed]] = {}
 
     def __call__(self, x: Tensor, y: Tensor, eps: float, kappa: float, learning_rate: float) -> Tensor:
         """The statistics of the batch (x, y), before the update; where ``capture``, they hold until the next call.
@@ -101,8 +108,11 @@ class TrainingStep:
         bounded = kappa < 1
         if not self._capture:
             return self._update(x, y, bounded)
-        self._write_inputs(x, y)
-        return self._updates[bounded]()
+        inputs, launches = self._write_inputs(x, y), self._launches() if bounded else None
+        if bounded not in self._updates or self._updates[bounded][0] != launches:
+            function = partial(self._update, *inputs, bounded=bounded)
+            self._updates[bounded] = launches, Replayed(function, self._stream)
+        return self._updates[bounded][1]()
 
     def _update(self, x: Tensor, y: Tensor, bounded: bool) -> Tensor:
         statistics: Tensor
@@ -114,13 +124,10 @@ class TrainingStep:
         self._optimiser.zero_grad(set_to_none=True)
         return statistics
 
-    def _write_inputs(self, x: Tensor, y: Tensor) -> None:
+    def _write_inputs(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if self._inputs is None:
             self._inputs = torch.empty_like(x), torch.empty_like(y)
-            stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call, unused-ignore]
-            pool = torch.cuda.graph_pool_handle()
-            for bounded in (False, True):
-                self._updates[bounded] = Replayed(partial(self._update, *self._inputs, bounded=bounded), stream, pool)
+            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call, unused-ignore]
         for name, given, static in zip("xy", (x, y), self._inputs, strict=True):
             if given.shape != static.shape:
                 raise ValueError(
@@ -128,3 +135,4 @@ class TrainingStep:
                     "a captured step takes batches of one shape only"
                 )
             static.copy_(given)
+        return self._inputs

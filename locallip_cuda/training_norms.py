@@ -1,0 +1,223 @@
+"""Norms that stay close while a network is trained against them: kept start vectors, and iterations under control.
+
+The norms of training are Ritz values, below the true ones, and a network trained against them learns to hide from them:
+it turns its masked top singular vectors away from where the iteration starts. So the iteration starts from where they
+were: of each layer, the right singular vectors that the last batches found, averaged. Nothing is kept for a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Operator, clean_pass, network
+
+if TYPE_CHECKING:
+    from .bounds import LocalBounds
+
+# Of the batch's vectors in the kept ones, a step.
+RATE = 0.3
+
+# Iterations of a network's first vectors, of a norm shared by all samples (a batch of one), and of those that control
+# compares with.
+FIRST_ITERATIONS = 20
+SHARED_ITERATIONS = 15
+CONVERGED_ITERATIONS = 40
+
+# Iterations that control chooses from. A dense layer costs next to nothing, and follows its class's vector less well
+# after a large step of the weights, so it never goes below eight. Fifteen are what kernels on a GPU's chip take.
+CHOICES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15)
+LEAST, LEAST_DENSE = 3, 8
+FEWER_AT_ONCE = 2
+
+# What control holds on its samples: means over them of the product and of every layer, and the worst product.
+SAMPLES = 8
+PRODUCT, LAYER, WORST = 0.98, 0.99, 0.93
+
+# From this share of its global norm on, the masked norms of a layer give way to it; below the second they come back.
+SHARE, LESS_SHARE = 0.98, 0.97
+
+
+class TrainingNorms(nn.Module):
+    """The state of the norm iteration from step to step of a training: where it starts, how many iterations it takes.
+
+    Give it to :func:`locallip_cuda.local_bounds` with the labels, and let :meth:`control` have a look at the bounds now
+    and then, every 25 steps say::
+
+        norms = ll.TrainingNorms(model, x)
+        ...
+        bounds = ll.local_bounds(model, x, eps, norms=norms, y=y)
+        if step % 25 == 0:
+            norms.control(bounds, y)
+
+    A convolution starts from one right singular vector, the mean over the last batches, a dense layer from one for
+    every class. In training mode every call moves them by the batch's; in eval mode they stay. Where its masks take
+    away next to nothing of it (2 %), a layer has one norm for all samples, its global one, which is above the masked
+    ones; everywhere else norms are Ritz values, below the true ones but for rounding. The state travels in
+    ``state_dict()``.
+
+    Args:
+        model: the network, on its device; its layers' sizes are taken from it, and first vectors.
+        x: (B, *input), B >= 1, as for local_bounds; of which only shape and dtype matter.
+
+    Attributes:
+        iterations: of every layer but the last; those of a shared norm are 15.
+        shared: whether the layer has one norm for all samples.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.iterations: list[int] = []
+        self.shared: list[bool] = []
+        *hidden, last = network(model)
+        with torch.no_grad():
+            classes = last.module.out_features
+            for step, value, _ in clean_pass(hidden, x[:1]):
+                if isinstance(step, Operator):
+                    dense = step.conv is None
+                    vectors = step.norm(None, None, [1, *value.shape[1:]], None, FIRST_ITERATIONS)[1]
+                    copies = vectors.repeat(classes if dense else 1, *[1] * (vectors.dim() - 1))
+                    self.register_buffer(f"right{len(self.iterations)}", _laid_out(copies))
+                    self.iterations.append(LEAST_DENSE if dense else LEAST)
+                    self.shared.append(False)
+
+    def extra_repr(self) -> str:
+        counts = zip(self.iterations, self.shared, strict=True)
+        return ", ".join("shared" if shared else str(count) for count, shared in counts)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.iterations, [int(shared) for shared in self.shared]])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.shape != (2, len(self.iterations)):
+            raise ValueError(f"state: got iterations of shape {tuple(state.shape)}, want (2, {len(self.iterations)})")
+        iterations, shared = state.tolist()
+        self.iterations, self.shared = iterations, [bool(flag) for flag in shared]
+
+    def launches(self) -> Hashable:
+        """What decides which kernels a step launches: a CUDA graph holds as long as this is the same."""
+        return tuple(0 if shared else count for count, shared in zip(self.iterations, self.shared, strict=True))
+
+    def norm(
+        self, layer: int, operator: Operator, rows: Tensor, columns: Tensor | None, sizes: list[int], y: Tensor
+    ) -> Tensor:
+        """(B,) norms of the layer of this number for one batch, differentiable in the weight."""
+        if self.shared[layer]:
+            return self.shared_norm(layer, operator, sizes).expand(len(rows))
+        start = self._start(layer, sizes, y)
+        norm, right, _ = operator.norm(rows, columns, [len(rows), *sizes], start, self.iterations[layer])
+        if self.training:
+            self._move(layer, start, right, y)
+        return norm
+
+    def shared_norm(self, layer: int, operator: Operator, sizes: list[int]) -> Tensor:
+        """(1,) the layer's global norm."""
+        kept = self._kept(layer, sizes)
+        norm, right, _ = operator.norm(None, None, [1, *sizes], kept[:1], SHARED_ITERATIONS)
+        if self.training:
+            kept.copy_(right.expand_as(kept))
+        return norm
+
+    def _kept(self, layer: int, sizes: Sequence[int]) -> Tensor:
+        kept = self.get_buffer(f"right{layer}")
+        if list(kept.shape[1:]) != list(sizes):
+            raise ValueError(
+                f"norms: got vectors of shape {tuple(kept.shape[1:])} for layer {layer}, want {tuple(sizes)}: "
+                "they are of another model or another size of its input"
+            )
+        return kept
+
+    def _start(self, layer: int, sizes: Sequence[int], y: Tensor) -> Tensor:
+        kept = self._kept(layer, sizes)
+        return kept if len(kept) == 1 else kept[y]
+
+    @torch.no_grad()
+    def _move(self, layer: int, start: Tensor, right: Tensor, y: Tensor) -> None:
+        """The kept vectors towards the batch's, each of which has the sign that its start has."""
+        kept = self._kept(layer, right.shape[1:])
+        flat = right.flatten(1)
+        signs = torch.where((flat * start.flatten(1)).sum(1, keepdim=True) < 0, -1.0, 1.0).to(flat)
+        weights = signs if len(kept) == 1 else F.one_hot(y, len(kept)).to(flat) * signs
+        with torch.autocast(flat.device.type, enabled=False):
+            mean = (weights.T @ flat) / weights.abs().sum(0).clamp_min(1).unsqueeze(1)
+        moved = (1 - RATE) * kept.flatten(1) + RATE * mean
+        length = moved.norm(dim=1, keepdim=True)
+        kept.copy_(torch.where(length > 0, moved / length, kept.flatten(1)).view(kept.shape))
+
+    @torch.no_grad()
+    def control(self, bounds: LocalBounds, y: Tensor) -> None:
+        """Choose the iterations of every layer anew, from how close they come on the first samples of ``bounds``.
+
+        The cheapest are taken that hold 0.98 of the converged product (on average; 0.93 for the worst sample) and 0.99
+        of every layer's norm, but never more than two fewer than before. It reads values back, and so waits for a GPU.
+
+        Args:
+            bounds: of a batch, from :func:`locallip_cuda.local_bounds` with these norms.   y: its labels.
+        """
+        count = min(SAMPLES, len(bounds.eps))
+        if not count:
+            return
+        ratios: dict[int, list[Tensor]] = {}
+        choices: dict[int, list[int]] = {}
+        costs: dict[int, float] = {}
+        for layer, (operator, sizes) in enumerate(bounds.operators):
+            rows, columns = bounds.row_masks[layer][:count], bounds.input_masks[layer]
+            columns, shape = None if columns is None else columns[:count], [count, *sizes]
+            kept, start = self._kept(layer, sizes), self._start(layer, sizes, y[:count])
+            whole = operator.norm(None, None, [1, *sizes], kept[:1], CONVERGED_ITERATIONS)[0]
+            converged = operator.norm(rows, columns, shape, start, CONVERGED_ITERATIONS)[0]
+            share = float(converged.mean() / whole)
+            self.shared[layer] = share >= (LESS_SHARE if self.shared[layer] else SHARE)
+            if self.shared[layer]:
+                continue
+            least = LEAST if operator.conv is not None else LEAST_DENSE
+            choices[layer] = [c for c in CHOICES if c >= max(least, self.iterations[layer] - FEWER_AT_ONCE)]
+            ratios[layer] = []
+            for iterations in choices[layer]:
+                norm = operator.norm(rows, columns, shape, start, iterations)[0]
+                ratios[layer].append(torch.where(converged > 0, norm / converged, 1).double())
+                if ratios[layer][-1].mean() > 0.999:
+                    break
+            costs[layer] = _cost(operator, sizes, rows)
+        for layer, choice in _cheapest(ratios, choices, costs).items():
+            self.iterations[layer] = choice
+
+
+def _laid_out(vectors: Tensor) -> Tensor:
+    return vectors.contiguous(memory_format=torch.channels_last if vectors.dim() == 4 else torch.contiguous_format)
+
+
+def _cost(operator: Operator, sizes: list[int], rows: Tensor) -> float:
+    """About what an iteration costs: two applications of the operator, and passes over its vectors."""
+    positions = rows[0, 0].numel() if operator.conv is not None else 1
+    return 2 * operator.weight.numel() * positions + 200 * (math.prod(sizes) + rows[0].numel())
+
+
+def _cheapest(
+    ratios: dict[int, list[Tensor]], choices: dict[int, list[int]], costs: dict[int, float]
+) -> dict[int, int]:
+    """Iterations by layer that hold what is wanted, by steps of the most gain in the product for the cost.
+
+    ratios: of each layer and choice, (samples,) norm by converged norm.
+    """
+    taken = dict.fromkeys(ratios, 0)
+
+    def gain(layer: int) -> float:
+        at = taken[layer]
+        more = ratios[layer][at + 1].log().mean() - ratios[layer][at].log().mean()
+        return float(more) / (costs[layer] * (choices[layer][at + 1] - choices[layer][at]))
+
+    while taken:
+        product = torch.stack([ratios[layer][at] for layer, at in taken.items()]).prod(0)
+        can_grow = [layer for layer, at in taken.items() if at + 1 < len(ratios[layer])]
+        far = [layer for layer in can_grow if ratios[layer][taken[layer]].mean() < LAYER]
+        held = product.mean() >= PRODUCT and product.min() >= WORST
+        if not can_grow or (held and not far):
+            break
+        taken[max(far or can_grow, key=gain)] += 1
+    return {layer: choices[layer][at] for layer, at in taken.items()}
