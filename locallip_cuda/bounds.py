@@ -306,7 +306,8 @@ def local_bounds(
     *hidden, last = modules
     if norms is not None:
         _check_norms(norms, hidden, guarantee)
-        _check_labels(y, len(x), last.module.out_features)
+        assert isinstance(last.module, nn.Linear)
+        _check_labels(y, len(x), last.module.weight.shape[0])
     radii = _radius_of_input(eps, x if guarantee == "estimate" else x.double())
     if guarantee == "estimate":
         propagation = Propagation(x, radii, radius, iterations, norms, y)

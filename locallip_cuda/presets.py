@@ -2,7 +2,7 @@
 
 The presets ``mnist-4c3f``, ``cifar10-4c3f``, ``cifar10-6c2f`` and ``tinyimagenet-8c2f`` are the recipes of "Training
 Certifiably Robust Neural Networks with Efficient Local Lipschitz Bounds" (Huang et al., NeurIPS 2021,
-arXiv:2111.01395) as its published scripts run them, but for the norms' iterations: theirs are 1 to 5, from a vector kept
+arXiv:2111.01395) as its published scripts run them, but for the norms' iterations: theirs are 1 to 5, from vectors kept
 for every sample. ``digits`` is a small one for scikit-learn's bundled digits.
 """
 
@@ -18,7 +18,6 @@ from .models import ACTIVATIONS, MODELS
 
 LOSSES = ("bcp", "gloro", "lmt")
 RADII = ("local", "global")
-BOUNDS = ("local", "global")
 
 
 def _number(help: str, **more: Any) -> Any:
@@ -40,16 +39,16 @@ class Recipe:
         "that stands for 'not certified'; lmt, Lipschitz margin training",
         choices=LOSSES,
     )
-    bound: Literal["local", "global"] = _number(
-        "Lipschitz bound of the loss: the local one, or the plain global one as a baseline", choices=BOUNDS
-    )
     radius: Literal["local", "global"] = _number("which norms the local bound's boxes are grown with", choices=RADII)
     eps: float = _number("l2 radius at which the test set is certified")
     eps_train: float = _number("l2 radius of training after the ramp-up")
-    epochs: int = _number("passes over the training set; a new number here scales the three below in proportion")
+    epochs: int = _number("passes over the training set; a new number here scales the four below in proportion")
     warmup_epochs: float = _number("epochs of plain cross entropy at first (kappa 1, radius 0)")
     rampup_epochs: float = _number(
         "epochs after those, in which kappa falls from 1 to 0 and the radius grows to eps_train"
+    )
+    global_epochs: float = _number(
+        "epochs, from the first, in which the certified loss takes the plain global bound: a cheap start, or a baseline"
     )
     constant_epochs: float = _number("epochs with the first learning rate, before it decays exponentially")
     batch_size: int = _number("samples a step, over all processes together")
@@ -72,7 +71,6 @@ class Recipe:
         for name, choices in (
             ("activation", ACTIVATIONS),
             ("loss", LOSSES),
-            ("bound", BOUNDS),
             ("radius", RADII),
         ):
             if getattr(self, name) not in choices:
@@ -89,6 +87,7 @@ class Recipe:
             "eps_train",
             "warmup_epochs",
             "rampup_epochs",
+            "global_epochs",
             "constant_epochs",
             "sparse",
             "threshold_weight",
@@ -123,10 +122,10 @@ class Recipe:
         return float(self.learning_rate * (self.final_learning_rate / self.learning_rate) ** min(done, 1.0))
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with ``changes``; a new ``epochs`` scales the warm-up, the ramp-up and the constant part with it."""
+        """A copy with ``changes``; a new ``epochs`` scales the four lengths within it."""
         if "epochs" in changes and changes["epochs"] >= 1:
             scale = changes["epochs"] / self.epochs
-            for name in ("warmup_epochs", "rampup_epochs", "constant_epochs"):
+            for name in ("warmup_epochs", "rampup_epochs", "global_epochs", "constant_epochs"):
                 changes.setdefault(name, getattr(self, name) * scale)
         return dataclasses.replace(self, **changes)
 
@@ -156,13 +155,13 @@ _CIFAR10 = Recipe(
     preset="cifar10-6c2f",
     activation="clipped-relu",
     loss="bcp",
-    bound="local",
     radius="local",
     eps=36 / 255,
     eps_train=0.1551,
     epochs=800,
     warmup_epochs=20,
     rampup_epochs=400,
+    global_epochs=0,
     constant_epochs=_decay_start(800),
     batch_size=256,
     learning_rate=1e-3,

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from .build_info import build_info
 from .checkpoint import CheckpointError
 from .distributed import Workers
 from .presets import Recipe
+from .propagation import GLOBAL_ITERATIONS
 from .training_norms import SAMPLES, TrainingNorms
 from .training_step import TrainingStep, adam
 
@@ -121,7 +122,9 @@ class Objective(nn.Module):
     are needed, and no bound is computed; a kappa that is a tensor, float64, is taken to be below 1 without a look at
     it. The statistics are sums over the batch, in the order of ``_STATISTICS``, float64 on x's device.
 
-    ``norms`` is the state of the norms where the recipe leaves their iterations open, None otherwise.
+    Attributes:
+        bound: "local", or "global" for the plain global bound in the certified loss.
+        norms: the state of the norms where the recipe leaves their iterations open, None otherwise.
     """
 
     def __init__(self, model: nn.Sequential, recipe: Recipe, precision: str = "fp32") -> None:
@@ -129,17 +132,23 @@ class Objective(nn.Module):
         self.model = model
         self.recipe = recipe
         self.precision = precision
+        self.bound = "local"
         first = next(model.parameters()).new_zeros(1, *models.spec(recipe.preset).input_shape)
         self.norms = None if recipe.iterations else TrainingNorms(model, first)
 
     def bounds(self, x: Tensor, y: Tensor, eps: float | Tensor) -> LocalBounds:
         """What the certified loss is of."""
         recipe = self.recipe
-        if recipe.bound == "global":
-            return global_bounds(self.model, x, eps, iterations=recipe.iterations, norms=self.norms)
+        if self.bound == "global":
+            iterations = max(recipe.iterations, GLOBAL_ITERATIONS)
+            return global_bounds(self.model, x, eps, iterations=iterations, norms=self.norms)
         return local_bounds(
             self.model, x, eps, radius=recipe.radius, iterations=recipe.iterations, norms=self.norms, y=y
         )
+
+    def launches(self) -> Hashable:
+        """What decides which kernels a step with bounds launches."""
+        return self.bound, None if self.norms is None else self.norms.launches()
 
     def forward(self, x: Tensor, y: Tensor, eps: float | Tensor, kappa: float | Tensor) -> tuple[Tensor, Tensor]:
         recipe, count = self.recipe, x.shape[0]
@@ -412,9 +421,7 @@ class Trainer:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             device_ids = [self.settings.device] if self.settings.device.type == "cuda" else None
             objective = DistributedDataParallel(objective, device_ids=device_ids)
-        norms = self.objective.norms
-        launches = {} if norms is None else {"launches": norms.launches}
-        update = TrainingStep(objective, self.optimiser, capture=self.capture, **launches)
+        update = TrainingStep(objective, self.optimiser, capture=self.capture, launches=self.objective.launches)
         self.settings.out.mkdir(parents=True, exist_ok=True)
         with (
             _Signals(self.workers.started_by_torchrun) as signals,
@@ -488,6 +495,7 @@ class Trainer:
 
     def _train_step(self, update: TrainingStep, x: Tensor, y: Tensor) -> None:
         now, recipe = self.epoch + self.step / self.steps, self.recipe
+        self.objective.bound = "global" if now < recipe.global_epochs else "local"
         if recipe.kappa(now) < 1 and (self.epoch * self.steps + self.step) % CONTROL_EVERY == 0:
             self._control_norms(x, y, recipe.radius_at(now))
         self.totals += update(x, y, recipe.radius_at(now), recipe.kappa(now), recipe.learning_rate_at(now))
@@ -495,7 +503,7 @@ class Trainer:
     def _control_norms(self, x: Tensor, y: Tensor, eps: float) -> None:
         """Choose the norms' iterations anew, by a look at the first samples of the first process."""
         norms = self.objective.norms
-        if norms is None or self.recipe.bound == "global":
+        if norms is None or self.objective.bound == "global":
             return
         x, y = x[:SAMPLES], y[:SAMPLES]
         norms.control(bounds_at_rest(self.objective, x, y, eps), y)
@@ -522,7 +530,7 @@ class Trainer:
                 f"; closeness {seen['closeness_mean']:.3f}, worst sample {seen['closeness_worst']:.3f}, "
                 f"worst layer {seen['closeness_layer']:.3f}"
             )
-            if self.objective.norms is not None and recipe.bound == "local":
+            if self.objective.norms is not None and self.objective.bound == "local":
                 text += f", iterations {self.objective.norms.extra_repr()}"
         if evaluation is not None:
             record.update({f"test_{name}": value for name, value in vars(evaluation).items()})

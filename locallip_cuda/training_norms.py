@@ -12,7 +12,6 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import Operator, clean_pass, network
@@ -75,8 +74,9 @@ class TrainingNorms(nn.Module):
         self.iterations: list[int] = []
         self.shared: list[bool] = []
         *hidden, last = network(model)
+        assert isinstance(last.module, nn.Linear)
+        classes = last.module.weight.shape[0]
         with torch.no_grad():
-            classes = last.module.out_features
             for step, value, _ in clean_pass(hidden, x[:1]):
                 if isinstance(step, Operator):
                     dense = step.conv is None
@@ -142,9 +142,12 @@ class TrainingNorms(nn.Module):
         kept = self._kept(layer, right.shape[1:])
         flat = right.flatten(1)
         signs = torch.where((flat * start.flatten(1)).sum(1, keepdim=True) < 0, -1.0, 1.0).to(flat)
-        weights = signs if len(kept) == 1 else F.one_hot(y, len(kept)).to(flat) * signs
-        with torch.autocast(flat.device.type, enabled=False):
-            mean = (weights.T @ flat) / weights.abs().sum(0).clamp_min(1).unsqueeze(1)
+        signed = signs * flat
+        if len(kept) == 1:
+            mean = signed.sum(0, keepdim=True) / max(len(flat), 1)
+        else:  # in float64, which autocast leaves alone
+            own = (y.unsqueeze(1) == torch.arange(len(kept), device=y.device)).double()
+            mean = (own.T @ signed.double() / own.sum(0).clamp_min(1).unsqueeze(1)).to(flat)
         moved = (1 - RATE) * kept.flatten(1) + RATE * mean
         length = moved.norm(dim=1, keepdim=True)
         kept.copy_(torch.where(length > 0, moved / length, kept.flatten(1)).view(kept.shape))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import locallip_cuda as ll
 from locallip_cuda import ops
-from locallip_cuda.bounds import UnsupportedModuleError
+from locallip_cuda.layers import UnsupportedModuleError
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
 
 every_device = pytest.mark.parametrize("device", DEVICES)
