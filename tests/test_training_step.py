@@ -5,7 +5,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,14 @@ def test_nothing_goes_through_the_host(
 ) -> None:
     numbers = dataclasses.replace(recipe("digits", activation), loss=loss, radius=radius, sparse=0.05)
     _steps_off_the_host(monkeypatch, numbers)
+    _steps_off_the_host(monkeypatch, dataclasses.replace(numbers, iterations=2))
+
+
+@pytest.mark.usefixtures("capturable_everywhere")
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_nothing_of_the_global_bound_goes_through_the_host(monkeypatch: pytest.MonkeyPatch, iterations: int) -> None:
+    monkeypatch.setattr(train.Objective, "bound", property(lambda _: "global", lambda *_: None), raising=False)
+    _steps_off_the_host(monkeypatch, dataclasses.replace(recipe("digits"), iterations=iterations))
 
 
 @pytest.mark.usefixtures("capturable_everywhere")
@@ -200,8 +208,8 @@ class _StandIn:
                                 old.copy_(new)
 
         @contextmanager
-        def graph(cuda_graph: CUDAGraph, pool: Any, stream: Stream) -> Iterator[None]:
-            assert pool == "pool" and stream.name == "side"
+        def graph(cuda_graph: CUDAGraph, stream: Stream) -> Iterator[None]:
+            assert stream.name == "side"
             events.append(f"capture {cuda_graph.number}")
             before = [(t, t.detach().clone()) for t in state()]
             with cuda_graph.recorder:
@@ -221,15 +229,14 @@ class _StandIn:
             "graph": graph,
             "stream": stream,
             "current_stream": lambda device: Stream(device, "current"),
-            "graph_pool_handle": lambda: "pool",
         }
 
 
-def _stand_in(monkeypatch: pytest.MonkeyPatch, model: nn.Module, optimiser: torch.optim.Adam) -> list[str]:
+def _stand_in(monkeypatch: pytest.MonkeyPatch, objective: nn.Module, optimiser: torch.optim.Adam) -> list[str]:
     def state() -> list[Tensor]:
         moments = [t for moments in optimiser.state.values() for t in moments.values()]
-        assert all(p.grad is None for p in model.parameters())  # which a capture has to allocate
-        return [*model.parameters(), *moments]
+        assert all(p.grad is None for p in objective.parameters())  # which a capture has to allocate
+        return [*objective.parameters(), *objective.buffers(), *moments]
 
     stand_in = _StandIn(state)
     for name, replacement in stand_in.replacements.items():
@@ -259,7 +266,7 @@ def test_steps_are_those_of_a_loop(
     _, expected, adam_expected = _step(numbers)
     statistics_expected = _loop(expected, adam_expected, numbers, precision)
     step, model, optimiser = _step(numbers, precision=precision, capture=capture)
-    events = _stand_in(monkeypatch, model, optimiser)
+    events = _stand_in(monkeypatch, step._objective, optimiser)
     statistics = _run(step)
     plain = [*WARM_UP * 3, "capture 1", "replay 1", "replay 1"]
     bounded = [*WARM_UP * 3, "capture 2", "replay 2", "replay 2", "replay 2"]
@@ -273,14 +280,46 @@ def test_steps_are_those_of_a_loop(
 
 
 @pytest.mark.usefixtures("capturable_everywhere")
+@pytest.mark.parametrize("capture", [False, True])
+def test_other_launches_are_another_graph(monkeypatch: pytest.MonkeyPatch, capture: bool) -> None:
+    """Iterations that control changes, and the bound: warmed up and captured anew, and the same as eager steps."""
+    numbers = recipe("digits")
+    results = []
+    for captured in (False, capture):
+        model = train.build_model(numbers)
+        objective = train.Objective(model, numbers)
+        optimiser = adam(model.parameters(), 1e-3, capture=True)
+        optimiser.param_groups[0]["foreach"] = True
+        step = TrainingStep(objective, optimiser, capture=captured, launches=objective.launches)
+        assert objective.norms is not None
+        with monkeypatch.context() as patch:
+            events = _stand_in(patch, objective, optimiser)
+            statistics = []
+            for number, (x, y) in zip(range(15), _batches(), strict=False):
+                if number == 5:
+                    objective.norms.iterations = [4, 4, 9]
+                if number == 10:
+                    objective.bound = "global"
+                statistics.append(step(x, y, 0.1, 0.5, 1e-3).clone())
+        replays = [event for event in events if event.split()[0] in ("capture", "replay")]
+        each = [[f"capture {graph}", f"replay {graph}", f"replay {graph}"] for graph in (1, 2, 3)]
+        assert replays == (sum(each, []) if captured else [])
+        results.append((torch.stack(statistics), list(model.parameters()), list(objective.norms.buffers())))
+    for (name, one), other in zip(zip("spn", results[0], strict=True), results[1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), name
+
+
+@pytest.mark.usefixtures("capturable_everywhere")
 def test_a_captured_run_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after its capture, it goes on with steps that warm up and a capture of its own."""
     events: list[list[str]] = []
 
-    def captured(objective: nn.Module, optimiser: torch.optim.Adam, *, capture: bool) -> TrainingStep:
+    def captured(
+        objective: nn.Module, optimiser: torch.optim.Adam, *, capture: bool, launches: Callable[[], Hashable]
+    ) -> TrainingStep:
         assert not capture  # what the trainer wants on a CPU
         events.append(_stand_in(monkeypatch, objective, optimiser))
-        return TrainingStep(objective, optimiser, capture=True)
+        return TrainingStep(objective, optimiser, capture=True, launches=launches)
 
     monkeypatch.setattr(train, "adam", lambda weights, rate, capture: adam(weights, rate, capture=True))
     monkeypatch.setattr(train, "TrainingStep", captured)

@@ -18,7 +18,7 @@ from locallip_cuda.presets import Recipe, recipe
 
 # Enough iterations that the norms do not depend on where a sample stands in its batch, and thresholds that units reach.
 NUMBERS = recipe("digits").replace(iterations=60, sparse=0.1, threshold_init=0.02)
-SHORT = recipe("digits").replace(epochs=1, batch_size=256)
+SHORT = recipe("digits").replace(epochs=2, batch_size=64)
 KAPPAS = (1.0, 0.25)
 
 
