@@ -302,8 +302,8 @@ def test_other_launches_are_another_graph(monkeypatch: pytest.MonkeyPatch, captu
                     objective.bound = "global"
                 statistics.append(step(x, y, 0.1, 0.5, 1e-3).clone())
         replays = [event for event in events if event.split()[0] in ("capture", "replay")]
-        each = [[f"capture {graph}", f"replay {graph}", f"replay {graph}"] for graph in (1, 2, 3)]
-        assert replays == (sum(each, []) if captured else [])
+        each = [f"{event} {graph}" for graph in (1, 2, 3) for event in ("capture", "replay", "replay")]
+        assert replays == (each if captured else [])
         results.append((torch.stack(statistics), list(model.parameters()), list(objective.norms.buffers())))
     for (name, one), other in zip(zip("spn", results[0], strict=True), results[1], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), name
