@@ -19,6 +19,7 @@ from bench import __main__ as command
 from bench import (
     bench_activation_pattern,
     bench_certificate,
+    bench_closeness,
     bench_margin,
     bench_masked_norm,
     bench_training_step,
@@ -68,6 +69,7 @@ def test_the_recorded_thresholds_name_variants_that_exist() -> None:
         f"{op}: {case}: {mine} vs {variant}"
         for op, cases in {
             "activation_pattern": bench_activation_pattern.CASES,
+            "closeness": bench_closeness.CASES,
             "margin": bench_margin.CASES,
             "masked_norm": bench_masked_norm.CASES,
             "training_step": bench_training_step.CASES,
