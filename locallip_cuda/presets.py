@@ -136,6 +136,7 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """The recipe that ``to_dict`` wrote. ValueError when a field is missing, unknown or out of range."""
         names = {f.name for f in dataclasses.fields(cls)}
+        values = {"global_epochs": 0.0, **values}  # earlier versions had none
         if set(values) != names:
             missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
             raise ValueError(f"recipe with missing fields {missing} and unknown fields {unknown}")

@@ -64,8 +64,8 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_every_number_reaches_the_recipe(tmp_path: Path) -> None:
     given = {
         **{"activation": "clipped-maxmin", "loss": "lmt", "radius": "global", "eps": 0.11, "eps_train": 0.12},
-        **{"epochs": 2, "warmup_epochs": 0.5, "rampup_epochs": 0.25, "constant_epochs": 1.5, "batch_size": 700},
-        **{"learning_rate": 0.003, "final_learning_rate": 0.002, "iterations": 3, "sparse": 0.02},
+        **{"epochs": 2, "warmup_epochs": 0.5, "rampup_epochs": 0.25, "global_epochs": 1.1, "constant_epochs": 1.5},
+        **{"batch_size": 700, "learning_rate": 0.003, "final_learning_rate": 0.002, "iterations": 3, "sparse": 0.02},
         **{"threshold_weight": 0.2, "threshold_init": 1.5, "clip_init_first": 0.3, "clip_init_last": 0.6},
         **{"crop": 2, "flip": True, "seed": 9, "evaluate_every": 2},
     }
