@@ -37,7 +37,8 @@ class LocalBounds:
     Attributes:
         logits: (B, K) clean logits.
         radius: (B,) bound of ||features(x') - features(x)||_2 over the ball.
-        layer_norms: (B, L-1) masked operator norm of every layer but the last, in the order of the network.
+        layer_norms: (B, L-1) masked operator norm of every layer but the last, in the order of the network. An estimate
+            is a Ritz value, below the true norm but for rounding; one that all samples share is the global norm's.
         lipschitz: (B,) their product.
         features, lower, upper: (B, h) clean input of the last layer, and a box that holds it over the ball.
         row_masks, column_masks: one bool tensor (B, *output) per layer but the last: pre-activations that can still
@@ -72,7 +73,8 @@ class LocalBounds:
 
         In training a norm from few iterations is below the true one, and a network trained against it learns to hide
         from it: its masked top singular vectors turn away from where the iteration starts. This shows how much it
-        hides, on its own batches and masks. ``closeness.prod(1)`` is the closeness of ``lipschitz``.
+        hides, on its own batches and masks. ``closeness.prod(1)`` is the closeness of ``lipschitz``. Above 1 is only a
+        norm that all samples share (:class:`locallip_cuda.TrainingNorms`).
         """
         ratios = []
         for layer, (operator, sizes) in enumerate(self.operators):
