@@ -32,7 +32,8 @@ CONVERGED_ITERATIONS = 40
 # after a large step of the weights, so it never goes below eight. Fifteen are what kernels on a GPU's chip take.
 CHOICES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15)
 LEAST, LEAST_DENSE = 3, 8
-FEWER_AT_ONCE = 2
+# Down by so many places in the list at a time: what the starts are worth may be better known the next time.
+DOWN_AT_ONCE = 2
 
 # What control holds on its samples: means over them of the product and of every layer, and the worst product.
 SAMPLES = 8
@@ -157,7 +158,7 @@ class TrainingNorms(nn.Module):
         """Choose the iterations of every layer anew, from how close they come on the first samples of ``bounds``.
 
         The cheapest are taken that hold 0.98 of the converged product (on average; 0.93 for the worst sample) and 0.99
-        of every layer's norm, but never more than two fewer than before. It reads values back, and so waits for a GPU.
+        of every layer's norm, but never far fewer than before. It reads values back, and so waits for a GPU.
 
         Args:
             bounds: of a batch, from :func:`locallip_cuda.local_bounds` with these norms.   y: its labels.
@@ -179,7 +180,8 @@ class TrainingNorms(nn.Module):
             if self.shared[layer]:
                 continue
             least = LEAST if operator.conv is not None else LEAST_DENSE
-            choices[layer] = [c for c in CHOICES if c >= max(least, self.iterations[layer] - FEWER_AT_ONCE)]
+            fewer = [c for c in CHOICES if c < self.iterations[layer]][-DOWN_AT_ONCE:]
+            choices[layer] = [c for c in CHOICES if c >= max([least, *fewer[:1]])]
             ratios[layer] = []
             for iterations in choices[layer]:
                 norm = operator.norm(rows, columns, shape, start, iterations)[0]
