@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from bench import networks, step
 from bench.support import DEVICE, interleaved, measure
-from locallip_cuda import local_bounds, losses
-from locallip_cuda.bounds import LocalBounds
+from locallip_cuda import LocalBounds, local_bounds
+from locallip_cuda.train import certified_loss
 
 CHECKED = 16
 CASES = {name: ("ours", "fixed") for name in networks.RECIPES}
@@ -36,7 +36,7 @@ def test_closeness(benchmark: Any, case: str, repeat: int, variant: str) -> None
 
     def call() -> None:
         b = bounds(len(x))
-        robust = losses.gloro(b, y) if recipe.loss == "gloro" else losses.robust_cross_entropy(b, y)
+        robust = certified_loss(recipe.loss, b, y)
         optimizer.zero_grad()
         (robust if recipe.loss == "gloro" else 0.5 * F.cross_entropy(b.logits, y) + 0.5 * robust).backward()
         optimizer.step()

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from bench import paper_method
 from bench.support import DEVICE
-from locallip_cuda import TrainingNorms, local_bounds, losses, models
+from locallip_cuda import TrainingNorms, local_bounds, models
 from locallip_cuda.nn import project_thresholds_
+from locallip_cuda.train import certified_loss
 
 CACHE = Path(__file__).parent / ".cache"
 VERSION = 1  # of what is below: a change makes new networks
@@ -127,7 +128,7 @@ def _train_against(name: str, norms: TrainingNorms | None, model: nn.Sequential)
         if progress:
             given = {"iterations": recipe.iterations} if norms is None else {"norms": norms, "y": y}
             bounds = local_bounds(model, x, progress * recipe.eps_hard, **given)
-            robust = losses.gloro(bounds, y) if recipe.loss == "gloro" else losses.robust_cross_entropy(bounds, y)
+            robust = certified_loss(recipe.loss, bounds, y)
             loss = (1 - progress) * F.cross_entropy(bounds.logits, y) + progress * robust
             if norms is not None and step % CONTROL_EVERY == 0:
                 norms.control(bounds, y)

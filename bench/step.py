@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from bench import networks, paper_method
 from bench.support import DEVICE
-from locallip_cuda import LocalBounds, local_bounds, losses
+from locallip_cuda import LocalBounds, local_bounds
+from locallip_cuda.train import certified_loss
 
 VARIANTS = ("ours", "ours-fewer", "paper", "paper-lean", "plain")
 
@@ -62,7 +63,7 @@ def step(
     def ours() -> tuple[Tensor, LocalBounds]:
         iterations = recipe.iterations if variant == "ours" else recipe.fewer_iterations
         bounds = local_bounds(model, x, recipe.eps, iterations=iterations)
-        robust = losses.gloro(bounds, y) if recipe.loss == "gloro" else losses.robust_cross_entropy(bounds, y)
+        robust = certified_loss(recipe.loss, bounds, y)
         return combine(F.cross_entropy(bounds.logits, y), robust), bounds
 
     def paper() -> tuple[Tensor, paper_method.PaperBounds]:

@@ -12,6 +12,8 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from bench import paper_method
 from bench.support import converged_norms
-from locallip_cuda import TrainingNorms, data, global_bounds, local_bounds, losses, models
+from locallip_cuda import LocalBounds, TrainingNorms, data, global_bounds, local_bounds, losses, models
 from locallip_cuda.nn import project_thresholds_
 from locallip_cuda.presets import Recipe, recipe
 
@@ -27,7 +29,8 @@ CONTROL_EVERY = 25
 CHECKED = 16
 LOOKS = 20
 
-# (model, indices, x, y, eps, step) -> clean logits, certified loss, closeness of each layer's norm where asked (B, L)
+# (indices, x, y, eps, step, whether to look) -> clean logits, certified loss, and at a look the closeness of every
+# layer's norm, (samples, layers)
 Bounds = Callable[[Tensor, Tensor, Tensor, float, int, bool], tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -71,42 +74,37 @@ def stored(model: nn.Sequential, numbers: Recipe, samples: int, example: Tensor)
     return bounds
 
 
-def kept(model: nn.Sequential, numbers: Recipe, samples: int, example: Tensor) -> Bounds:
-    """This package's own."""
+def own(
+    bound: Literal["local", "global"], model: nn.Sequential, numbers: Recipe, samples: int, example: Tensor
+) -> Bounds:
+    """This package's local or global bound, its norms kept from step to step."""
     norms = TrainingNorms(model, example)
+
+    def of(x: Tensor, y: Tensor, eps: float) -> LocalBounds:
+        if bound == "global":
+            return global_bounds(model, x, eps, norms=norms)
+        return local_bounds(model, x, eps, norms=norms, y=y)
 
     def bounds(
         index: Tensor, x: Tensor, y: Tensor, eps: float, step: int, look: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        b = local_bounds(model, x, eps, norms=norms, y=y)
-        closeness = None
+        b, closeness = of(x, y, eps), None
         if look:
-            few = local_bounds(model, x[:CHECKED], eps, norms=norms.eval(), y=y[:CHECKED])
-            closeness = few.closeness
+            norms.eval()
+            closeness = of(x[:CHECKED], y[:CHECKED], eps).closeness
             norms.train()
-        if step % CONTROL_EVERY == 0:
+        if bound == "local" and step % CONTROL_EVERY == 0:
             norms.control(b, y)
         return b.logits, losses.robust_cross_entropy(b, y), closeness
 
     return bounds
 
 
-def plain_global(model: nn.Sequential, numbers: Recipe, samples: int, example: Tensor) -> Bounds:
-    """The global bound, its norms kept from step to step."""
-    norms = TrainingNorms(model, example)
-
-    def bounds(
-        index: Tensor, x: Tensor, y: Tensor, eps: float, step: int, look: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        b = global_bounds(model, x, eps, norms=norms)
-        closeness = global_bounds(model, x[:1], eps, norms=norms.eval()).closeness if look else None
-        norms.train()
-        return b.logits, losses.robust_cross_entropy(b, y), closeness
-
-    return bounds
-
-
-SCHEMES = {"kept (this package)": kept, "stored a sample (published)": stored, "global": plain_global}
+SCHEMES = {
+    "kept (this package)": partial(own, "local"),
+    "stored a sample (published)": stored,
+    "global": partial(own, "global"),
+}
 
 
 def run(scheme: Callable[..., Bounds], numbers: Recipe) -> Outcome:

@@ -17,12 +17,13 @@ from .layers import IDENTITY, OPERATORS, Activation, Leaf, Operator, clean_pass,
 from .norms import (
     ESTIMATE_ITERATIONS,
     check_guarantee,
+    check_input,
     described,
     norm_bound,
     stated_failure_probability,
     values_are_at_hand,
 )
-from .propagation import GLOBAL_ITERATIONS, Propagation
+from .propagation import GLOBAL_ITERATIONS, Propagation, check_norm
 from .proved import ProvedPropagation, affine, check_provable, gains
 from .rounding import textbook_products, up
 from .training_norms import TrainingNorms
@@ -210,13 +211,6 @@ def _check_labels(y: Tensor | None, batch: int, classes: int) -> None:
         raise ValueError(f"y: got labels in [{int(y.min())}, {int(y.max())}], want [0, {classes})")
 
 
-def _check_input(x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x: got {described(x)}, want a torch.float32 or torch.float64 tensor")
-    if x.dim() < 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, want (B, ...)")
-
-
 def _check_iterations(iterations: int) -> None:
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
@@ -303,7 +297,7 @@ def local_bounds(
     if radius not in ("local", "global"):
         raise ValueError(f"radius: got {radius!r}, want 'local' or 'global'")
     _check_iterations(iterations)
-    _check_input(x)
+    check_input(x)
     modules = network(model)
     *hidden, last = modules
     if norms is not None:
@@ -348,7 +342,7 @@ def global_bounds(
         norms: the state of a training's norms: each starts where the last call's ended, and takes 15.
     """
     _check_iterations(iterations)
-    _check_input(x)
+    check_input(x)
     modules = network(model)
     if norms is not None:
         _check_norms(norms, modules[:-1])
@@ -357,7 +351,7 @@ def global_bounds(
     masks: list[Tensor] = []
     found: list[Tensor] = []
     *hidden, (head, features, logits) = clean_pass(modules, x)
-    for step, value, output in hidden:
+    for leaf, (step, value, output) in zip(modules, hidden, strict=False):
         if not isinstance(step, Operator):
             continue
         sizes = list(value.shape[1:])
@@ -365,10 +359,13 @@ def global_bounds(
             norm = step.norm(None, None, [1, *sizes], None, iterations)[0]
         else:
             norm = norms.shared_norm(len(found), step, sizes)
+        check_norm(leaf.path, norm)
         found.append(norm.expand(len(x)))
         masks.append(torch.ones_like(output, dtype=torch.bool))
         operators.append((step.snapshot(), sizes))
     assert isinstance(head, Operator)
+    if agreement.is_due(model, x, proof=False):
+        agreement.check(model, modules, x, logits)
     layer_norms = torch.stack(found, 1) if found else features.new_ones(len(x), 0)
     lipschitz = layer_norms.prod(1)
     radius = radii * lipschitz

@@ -55,6 +55,14 @@ def described(value: object) -> str:
     return f"{name} of {getattr(value, 'dtype', None)}" if getattr(value, "ndim", 0) else name
 
 
+def check_input(x: Tensor) -> None:
+    """TypeError or ValueError where ``x`` is no batch (B, ...) that bounds are computed for."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x: got {described(x)}, want a torch.float32 or torch.float64 tensor")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want (B, ...)")
+
+
 def check_guarantee(guarantee: str, failure_probability: float, seed: int | None = None) -> None:
     """ValueError or TypeError for an unknown guarantee, a number that is no probability, or no possible one, or a seed
     that is no integer or would not be used."""

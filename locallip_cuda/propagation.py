@@ -116,8 +116,7 @@ class Propagation:
         else:
             norm = self._fresh_norm(operator, rows, columns, sizes, everything, whole, start)
         self.reach = self.reach * (norm if whole is None else whole)
-        if values_are_at_hand(norm) and bool(norm.isnan().any()):
-            raise ValueError(f"{at(path)}: got NaN or infinite weights, want finite ones")
+        check_norm(path, norm)
         return norm
 
     def _fresh_norm(
@@ -153,6 +152,12 @@ class Propagation:
         self.values = self.values.flatten(1)
         self.half_width = None if self.half_width is None else self.half_width.flatten(1)
         self.column_mask = None if self.column_mask is None else self.column_mask.flatten(1)
+
+
+def check_norm(path: str, norm: Tensor) -> None:
+    """ValueError by path where NaN or infinite weights made the norm NaN; not on a GPU."""
+    if values_are_at_hand(norm) and bool(norm.isnan().any()):
+        raise ValueError(f"{at(path)}: got NaN or infinite weights, want finite ones")
 
 
 def _monotone(activation: Activation, values: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Operator, clean_pass, network
+from .norms import check_input
 
 if TYPE_CHECKING:
     from .bounds import LocalBounds
@@ -31,7 +32,7 @@ CONVERGED_ITERATIONS = 40
 # Iterations that control chooses from, and the fewest of a convolution and of a dense layer, which costs next to
 # nothing: with three a network hides from a convolution within the 25 steps until the next look. Fifteen are what
 # kernels on a GPU's chip take.
-CHOICES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15)
+CHOICES = (5, 6, 7, 8, 10, 12, 15)
 LEAST, LEAST_DENSE = 5, 8
 # Down by so many places in the list at a time: what the starts are worth may be better known the next time.
 DOWN_AT_ONCE = 2
@@ -73,6 +74,7 @@ class TrainingNorms(nn.Module):
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         super().__init__()
+        check_input(x)
         self.iterations: list[int] = []
         self.shared: list[bool] = []
         *hidden, last = network(model)
@@ -122,7 +124,8 @@ class TrainingNorms(nn.Module):
         kept = self._kept(layer, sizes)
         norm, right, _ = operator.norm(None, None, [1, *sizes], kept[:1], SHARED_ITERATIONS)
         if self.training:
-            kept.copy_(right.expand_as(kept))
+            some = (norm > 0).view(-1, *[1] * len(sizes))  # neither of a zero weight nor of one that is no number
+            kept.copy_(torch.where(some, right, kept))
         return norm
 
     def _kept(self, layer: int, sizes: Sequence[int]) -> Tensor:

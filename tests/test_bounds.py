@@ -762,3 +762,49 @@ def test_samples_that_nothing_leaves_share_one_norm(monkeypatch: pytest.MonkeyPa
             else:
                 torch.testing.assert_close(gradient, torch.autograd.grad(norm, linear.weight)[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(b.closeness, torch.ones_like(b.closeness), rtol=1e-7, atol=0)
+
+
+# ---- the global bound ----------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_global_bounds_are_the_plain_product(name: str, device: str) -> None:
+    """Of norms by singular values; the worst logits are those of the ball alone; never below the local bound."""
+    model, x = copy.deepcopy(ZOO[name][0]).to(device), zoo_input(name, 3, device)
+    b = ll.global_bounds(model, x, 0.1, iterations=CONVERGED)
+    torch.testing.assert_close(b.logits, model(x))
+    product, value = torch.ones((), dtype=torch.float64, device=device), x
+    for module in flat_leaves(model)[:-1]:
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.AvgPool2d | Normalize):
+            weight, _, _ = as_matrix(copy.deepcopy(module).cpu(), value.shape[1:])
+            product = product * torch.linalg.matrix_norm(weight, 2).to(device)
+        value = module(value)
+    torch.testing.assert_close(b.lipschitz, product.expand(3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(b.closeness, torch.ones_like(b.closeness), rtol=1e-6, atol=0)
+    y = torch.tensor([0, 2, 1], device=device)
+    distance = torch.cdist(b.last_weight, b.last_weight)[y]
+    expected = b.logits + 0.1 * product * distance
+    torch.testing.assert_close(b.worst_logits(y), expected, rtol=1e-6, atol=1e-9)
+    local = ll.local_bounds(model, x, 0.1, iterations=CONVERGED)
+    assert (local.margin(y) >= b.margin(y) - 1e-9).all()
+    inputs = [p for p in model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(b.worst_logits(y).sum(), inputs, retain_graph=True, allow_unused=True)
+    assert all(g is None or bool(g.isfinite().all()) for g in ours)
+
+
+def test_global_bounds_speak_of_the_model() -> None:
+    model, x = small_network("relu"), torch.rand(2, 2, 6, 6, generator=generator(0), dtype=torch.float64)
+    nan = copy.deepcopy(model)
+    nan[2].weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"model\.2: got NaN or infinite weights"):
+        ll.global_bounds(nan, x, 0.1)
+    hooked = copy.deepcopy(model)
+    hooked[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedModuleError, match=r"model\.0: Conv2d has forward hooks"):
+        ll.global_bounds(hooked, x, 0.1)
+    with pytest.MonkeyPatch.context() as patch:  # what recognition does not see, the logits show
+        other = copy.deepcopy(model)
+        patch.setattr(nn.functional, "linear", lambda *inputs: 2 * torch.addmm(inputs[2], inputs[0], inputs[1].T))
+        with pytest.raises(UnsupportedModuleError, match="differ by up to"):
+            ll.global_bounds(other, x, 0.1)
