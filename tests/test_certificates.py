@@ -5,6 +5,7 @@ Norms are judged by proved lower bounds, networks by their linear pieces in rati
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -456,7 +457,7 @@ def test_the_judge_finds_what_is_wrong(guarantee: str) -> None:
 @cache
 def line_problem(name: str, eps: float) -> tuple[nn.Sequential, Tensor, Exact]:
     """A network, an input, and what is exactly so on the line from there in a direction that lowers the margin."""
-    model, x = ZOO[name][0].requires_grad_(False), zoo_input(name, 1, seed=1)
+    model, x = copy.deepcopy(ZOO[name][0]).requires_grad_(False), zoo_input(name, 1, seed=1)
     point = attack.pgd(model, x, model(x).argmax(1), eps, steps=20, generator=generator(0))
     direction = (point - x).double()
     if not direction.any():  # nothing in the ball is worse than the input
