@@ -28,8 +28,8 @@ from typing import Any
 
 from bench import bench_certificate
 from bench.support import DEVICE
-from locallip_cuda import report as program
-from locallip_cuda.norms import GUARANTEES
+from locallip_cuda.experiments import report as program
+from locallip_cuda.norms.masked_norm import GUARANTEES
 
 HERE = Path(__file__).parent
 THRESHOLDS = HERE / "thresholds.json"

@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 from bench import networks, paper_method
 from bench.support import DEVICE, synchronize
-from locallip_cuda import LocalBounds, data, local_bounds, models, report, train
-from locallip_cuda.data import Dataset
-from locallip_cuda.norms import ESTIMATE_ITERATIONS
-from locallip_cuda.propagation import Propagation
-from locallip_cuda.proved import ProvedPropagation
+from locallip_cuda import LocalBounds, local_bounds
+from locallip_cuda.experiments import data, models, report, training
+from locallip_cuda.experiments.data import Dataset
+from locallip_cuda.norms.masked_norm import ESTIMATE_ITERATIONS
+from locallip_cuda.propagation.estimate import Propagation
+from locallip_cuda.propagation.proof import ProvedPropagation
 
 PUBLISHED = "published"
 PUBLISHED_ITERATIONS = 2000
@@ -100,8 +101,8 @@ class Layer:
 def problem(checkpoint: Path | None, data_root: Path | None, samples: int) -> Problem:
     """The network of a checkpoint (a file or the folder of a run) with its test set, or one of `bench.networks`."""
     if checkpoint is not None:
-        path = checkpoint / train.CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
-        model, recipe, config = train.load_model(path)
+        path = checkpoint / training.CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
+        model, recipe, config = training.load_model(path)
         dataset = data.load(models.spec(recipe.preset).data, data_root, train=False)
         eps = recipe.eps
         epochs, digest = config["position"]["epoch"], report.digest(path)[:12]

@@ -43,8 +43,10 @@ import locallip_cuda as ll
 from bench import paper_method
 from bench.gpu_report import wrong
 from bench.support import DEVICE, REPEATS, closeness, converged_norms
-from locallip_cuda import ops, reference
+from locallip_cuda import ops
+from locallip_cuda.experiments import models
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU
+from locallip_cuda.ops import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = 4  # of the masked norms
@@ -479,7 +481,7 @@ def step_variants(setting: Setting, name: str, compiled: bool) -> list[Variant]:
     recipe = networks.RECIPES[name]
     if setting.tiny:
         recipe = replace(recipe, iterations=1, rounds=1)
-        model = ll.models.build("digits").to(setting.device)
+        model = models.build("digits").to(setting.device)
         x, y = torch.rand(2, 1, 8, 8, device=setting.device), torch.tensor([0, 1], device=setting.device)
     else:
         model = networks.trained(name).to(setting.device)

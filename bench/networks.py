@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from bench import paper_method
 from bench.support import DEVICE
-from locallip_cuda import TrainingNorms, local_bounds, models
+from locallip_cuda import TrainingNorms, local_bounds
+from locallip_cuda.experiments import models
+from locallip_cuda.experiments.training import certified_loss
 from locallip_cuda.nn import project_thresholds_
-from locallip_cuda.train import certified_loss
 
 CACHE = Path(__file__).parent / ".cache"
 VERSION = 1  # of what is below: a change makes new networks

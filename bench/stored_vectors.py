@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from bench import paper_method
 from bench.support import converged_norms
-from locallip_cuda import LocalBounds, TrainingNorms, data, global_bounds, local_bounds, losses, models
+from locallip_cuda import LocalBounds, TrainingNorms, global_bounds, local_bounds, losses
+from locallip_cuda.experiments import data, models
+from locallip_cuda.experiments.recipes import Recipe, recipe
 from locallip_cuda.nn import project_thresholds_
-from locallip_cuda.presets import Recipe, recipe
 
 CONTROL_EVERY = 25
 CHECKED = 16

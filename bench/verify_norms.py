@@ -30,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import locallip_cuda as ll
-from locallip_cuda.norms import NormBound
-from locallip_cuda.reference import pseudo_random
+from locallip_cuda.norms.masked_norm import NormBound
+from locallip_cuda.ops.reference import pseudo_random
 from tests.exact import operator_matrix, operator_norm, survivors
 
 LARGEST = 512  # rows and columns of a dense operator

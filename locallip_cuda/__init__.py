@@ -5,13 +5,13 @@ import pkgutil
 # From the repository's root the source tree shadows an installed package: its compiled extension is found all the same.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from . import losses, models, nn
+from . import losses, nn
 from .bounds import LocalBounds, ProvedBounds, global_bounds, local_bounds
 from .build_info import build_info
 from .certify import Certificate, certified_radius, certify
-from .layers import UnsupportedModuleError
-from .norms import NormBound, masked_norm, masked_norm_bound
-from .training_norms import TrainingNorms
+from .norms.masked_norm import NormBound, masked_norm, masked_norm_bound
+from .propagation.layers import UnsupportedModuleError
+from .propagation.training_norms import TrainingNorms
 
 __all__ = [
     "Certificate",
@@ -28,6 +28,5 @@ __all__ = [
     "losses",
     "masked_norm",
     "masked_norm_bound",
-    "models",
     "nn",
 ]

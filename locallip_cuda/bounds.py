@@ -12,9 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import agreement, ops
-from .layers import IDENTITY, OPERATORS, Activation, Leaf, Operator, clean_pass, network
-from .norms import (
+from . import ops
+from .norms.masked_norm import (
     ESTIMATE_ITERATIONS,
     check_guarantee,
     check_input,
@@ -23,10 +22,12 @@ from .norms import (
     stated_failure_probability,
     values_are_at_hand,
 )
-from .propagation import GLOBAL_ITERATIONS, Propagation, check_norm
-from .proved import ProvedPropagation, affine, check_provable, gains
+from .propagation import agreement
+from .propagation.estimate import GLOBAL_ITERATIONS, Propagation, check_norm
+from .propagation.layers import IDENTITY, OPERATORS, Activation, Leaf, Operator, clean_pass, network
+from .propagation.proof import ProvedPropagation, affine, check_provable, gains
+from .propagation.training_norms import TrainingNorms
 from .rounding import textbook_products, up
-from .training_norms import TrainingNorms
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .bounds import local_bounds
-from .norms import ESTIMATE_ITERATIONS, check_guarantee, stated_failure_probability
+from .norms.masked_norm import ESTIMATE_ITERATIONS, check_guarantee, stated_failure_probability
 
 
 class Certificate(NamedTuple):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bounds import LocalBounds
-from .norms import masked_norm
+from .norms.masked_norm import masked_norm
 
 
 def robust_cross_entropy(b: LocalBounds, y: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import locallip_cuda as ll
+from locallip_cuda.experiments import models
 from locallip_cuda.nn import project_thresholds_
 
 # Most tests are thousands of tiny calls: on a machine that is busy, or gives a process less than it shows, threads that
@@ -44,7 +45,7 @@ def _trained(activation: str) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         images, labels = (t[:-300] for t in _digits())
-        model = ll.models.build("digits", activation, threshold=0.5, clip=(0.05, 0.3))
+        model = models.build("digits", activation, threshold=0.5, clip=(0.05, 0.3))
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         clean_steps, robust_steps = 60, 80
         for step in range(clean_steps + robust_steps):

@@ -198,7 +198,8 @@ def test_a_dilated_convolution_beside_the_image(
     """In a process of its own: oneDNN, called as torch calls it on channels-last tensors, ends the process."""
     program = f"""
 import torch
-from locallip_cuda import ops, reference
+from locallip_cuda import ops
+from locallip_cuda.ops import reference
 x = torch.rand(2, *{shape}, device={device!r}).contiguous(memory_format=torch.channels_last)
 weight, bias = torch.rand({kernel}, device={device!r}), torch.rand({kernel[0]}, device={device!r})
 exact = reference.affine(x.double(), weight.double(), bias.double(), *{conv}, 1)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from locallip_cuda import attack, data, models
+from locallip_cuda import attack
 from locallip_cuda.attack import pgd
+from locallip_cuda.experiments import data, models
 
 
 def norms(points, x):

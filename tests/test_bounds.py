@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import locallip_cuda as ll
 from locallip_cuda import ops
-from locallip_cuda.layers import UnsupportedModuleError
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
+from locallip_cuda.propagation.layers import UnsupportedModuleError
 
 every_device = pytest.mark.parametrize("device", DEVICES)
 both_radii = pytest.mark.parametrize("radius", ["local", "global"])

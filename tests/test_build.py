@@ -261,7 +261,7 @@ def test_wheel_in_isolation(project):
     metadata = email.message_from_bytes(wheel.read(f"{dist_info}/METADATA"))
     assert f"torch=={TORCH_MINOR}.*" in metadata.get_all("Requires-Dist")
     assert metadata["License-Expression"] == "MIT" and f"{dist_info}/licenses/LICENSE" in names
-    assert "locallip = locallip_cuda.cli:main" in wheel.read(f"{dist_info}/entry_points.txt").decode()
+    assert "locallip = locallip_cuda.experiments.cli:main" in wheel.read(f"{dist_info}/entry_points.txt").decode()
     assert json.loads(wheel.read("locallip_cuda/_build.json")) == {
         "version": version,
         "torch": torch.__version__,

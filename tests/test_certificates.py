@@ -48,9 +48,10 @@ from bench.verify_norms import (
     verify,
     with_values,
 )
-from locallip_cuda import attack, norms
+from locallip_cuda import attack
 from locallip_cuda.nn import Normalize
-from locallip_cuda.reference import pseudo_random
+from locallip_cuda.norms import masked_norm as norms
+from locallip_cuda.ops.reference import pseudo_random
 
 PROOFS = ["probabilistic", "deterministic"]
 RADII: list[Literal["local", "global"]] = ["local", "global"]

@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from locallip_cuda import checkpoint
-from locallip_cuda.checkpoint import CheckpointError
+from locallip_cuda.experiments import checkpoint
+from locallip_cuda.experiments.checkpoint import CheckpointError
 
 CONFIG = {"name": "Größe", "numbers": [1, 2.5, 0.1 + 0.2], "nested": {"flag": True, "none": None}}
 
@@ -118,7 +118,7 @@ def test_a_write_that_the_system_cuts_short_keeps_the_previous_checkpoint(saved:
     # The kernel itself refuses to let the file grow past the limit, in the middle of the data.
     code = (
         "import resource, signal, sys, torch\n"
-        "from locallip_cuda import checkpoint\n"
+        "from locallip_cuda.experiments import checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "checkpoint.save(sys.argv[1], {'x': torch.zeros(100_000)}, {})\n"

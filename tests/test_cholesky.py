@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import locallip_cuda as ll
-from locallip_cuda import cholesky, norms
-from locallip_cuda.norms import Geometry
+from locallip_cuda.norms import cholesky
+from locallip_cuda.norms import masked_norm as norms
+from locallip_cuda.norms.masked_norm import Geometry
 
 DENSE: Geometry = ([1, 1], [0, 0], [1, 1], 1)
 Convolution = tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any]]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from locallip_cuda import build_info, checkpoint, cli, train
-from locallip_cuda.presets import Recipe
+from locallip_cuda import build_info
+from locallip_cuda.experiments import checkpoint, cli, training
+from locallip_cuda.experiments.recipes import Recipe
 
 TRAIN = ["train", "digits", "--device", "cpu", "--batch-size", "256"]
 
@@ -57,7 +58,8 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [sample["index"] for sample in values["result"]["per_sample"]] == list(range(100))
     assert values["command"][:3] == ["locallip", "certify", str(out)]
     assert values["recipe"]["epochs"] == 3 and values["environment"]["torch"] == torch.__version__
-    assert cli.main(["certify", str(out / train.CHECKPOINT_NAME), "--limit", "9", "--out", str(tmp_path / "else")]) == 0
+    beside = ["--limit", "9", "--out", str(tmp_path / "else")]
+    assert cli.main(["certify", str(out / training.CHECKPOINT_NAME), *beside]) == 0
     assert (tmp_path / "else" / "certify.json").exists()
 
 
@@ -74,7 +76,7 @@ def test_every_number_reaches_the_recipe(tmp_path: Path) -> None:
     for name, value in given.items():
         options += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     assert cli.main(["train", "digits", "--device", "cpu", "--out", str(tmp_path), *options]) == 0
-    _, stored, _ = train.load_model(tmp_path / train.CHECKPOINT_NAME)
+    _, stored, _ = training.load_model(tmp_path / training.CHECKPOINT_NAME)
     assert stored.to_dict() == {"preset": "digits", **given}
 
 
@@ -92,7 +94,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
     assert "Stopped by SIGINT in epoch" in printed
     again = f"Continue with: locallip {' '.join(TRAIN)} --epochs 2000 --out {out} --resume"
     assert again in printed
-    position = checkpoint.load(out / train.CHECKPOINT_NAME)[1]["position"]
+    position = checkpoint.load(out / training.CHECKPOINT_NAME)[1]["position"]
     assert f"in epoch {position['epoch'] + 1}, step {position['step']} of" in printed
 
 
@@ -131,7 +133,7 @@ def test_a_refuted_proof_is_an_error(
 ) -> None:
     assert cli.main([*TRAIN, "--epochs", "2", "--out", str(tmp_path)]) == 0
     capsys.readouterr()
-    monkeypatch.setattr("locallip_cuda.evaluation.pgd", lambda model, x, y, eps, **_: torch.zeros_like(x))
+    monkeypatch.setattr("locallip_cuda.experiments.evaluation.pgd", lambda model, x, y, eps, **_: torch.zeros_like(x))
     assert cli.main(["certify", str(tmp_path), "--limit", "50", "--eps", "0.01"]) == 1
     captured = capsys.readouterr()
     assert "the attack broke samples that are proved" in captured.err and captured.err.count("\n") == 1

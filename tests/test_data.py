@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locallip_cuda import data
-from locallip_cuda.data import Batches, Dataset, crop_and_flip
+from locallip_cuda.experiments import data
+from locallip_cuda.experiments.data import Batches, Dataset, crop_and_flip
 
 REAL = os.environ.get("LOCALLIP_DATA")
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from locallip_cuda import attack, certify, data, evaluation, local_bounds, report, train
-from locallip_cuda.journal import Journal
-from locallip_cuda.layers import UnsupportedModuleError
-from locallip_cuda.presets import recipe
+from locallip_cuda import attack, certify, local_bounds
+from locallip_cuda.experiments import data, evaluation, report, training
+from locallip_cuda.experiments.journal import Journal
+from locallip_cuda.experiments.recipes import recipe
+from locallip_cuda.propagation.layers import UnsupportedModuleError
 
 EPS = 0.3
 Trained = tuple[torch.nn.Sequential, data.Dataset]
@@ -20,8 +21,8 @@ Trained = tuple[torch.nn.Sequential, data.Dataset]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     out = tmp_path_factory.mktemp("run")
-    train.Trainer(recipe("digits").replace(epochs=4, evaluate_every=4), train.Settings(out=out)).run()
-    model, _, _ = train.load_model(out / train.CHECKPOINT_NAME)
+    training.Trainer(recipe("digits").replace(epochs=4, evaluate_every=4), training.Settings(out=out)).run()
+    model, _, _ = training.load_model(out / training.CHECKPOINT_NAME)
     return model, data.load("digits", train=False)[:200]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import locallip_cuda as ll
-from locallip_cuda import lanczos
+from locallip_cuda.norms import lanczos
 
 CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any]]] = [
     ((5, 3, 3, 3), (3, 7, 6), {"padding": 1}),

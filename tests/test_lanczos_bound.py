@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from locallip_cuda import ops, reference
+from locallip_cuda import ops
+from locallip_cuda.ops import reference
 
 ROUNDING = 1e-13  # local residuals of a float64 run on a matrix of norm 1
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from locallip_cuda import ops, reference
+from locallip_cuda import ops
+from locallip_cuda.ops import reference
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

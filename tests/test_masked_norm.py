@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import locallip_cuda as ll
-from locallip_cuda import ops, reference
+from locallip_cuda import ops
+from locallip_cuda.ops import reference
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

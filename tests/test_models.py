@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from locallip_cuda import models
+from locallip_cuda.experiments import models
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin
 
 # (channels, height, width) after each convolution, and the widths of the Linear layers, worked out by hand.

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import locallip_cuda as ll
-from locallip_cuda import proved, reference
-from locallip_cuda.layers import Activation, Operator, UnsupportedModuleError
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
+from locallip_cuda.ops import reference
+from locallip_cuda.propagation import proof as proved
+from locallip_cuda.propagation.layers import Activation, Operator, UnsupportedModuleError
 
 PROOFS = ["probabilistic", "deterministic"]
 every_proof = pytest.mark.parametrize("guarantee", PROOFS)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import locallip_cuda as ll
-from locallip_cuda import agreement, attack, layers, ops
+from locallip_cuda import attack, ops
+from locallip_cuda.propagation import agreement, layers
 
 GUARANTEES = ["estimate", "probabilistic", "deterministic"]
 every_guarantee = pytest.mark.parametrize("guarantee", GUARANTEES)

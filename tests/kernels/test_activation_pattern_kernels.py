@@ -8,7 +8,8 @@ from helpers import ACTIVATION_KINDS as ACTIVATIONS
 from helpers import activation_arguments as arguments
 from torch import Tensor
 
-from locallip_cuda import ops, reference
+from locallip_cuda import ops
+from locallip_cuda.ops import reference
 
 # units: one, on either side of a warp, not a multiple of four, more than a block takes; channels-last maps
 SHAPES = [(2,), (30,), (34,), (66,), (2048,), (2056,), (2, 1, 1), (6, 5, 4), (8, 7, 3), (64, 9, 2)]

@@ -9,7 +9,8 @@ import torch
 from helpers import generator
 from torch import Tensor
 
-from locallip_cuda import ops, reference
+from locallip_cuda import ops
+from locallip_cuda.ops import reference
 
 
 def arguments(batch: int, classes: int, width: int, dtype: torch.dtype, kind: str = "both") -> list[Tensor]:

@@ -9,7 +9,8 @@ import torch
 from helpers import generator, true_norms
 from torch import Tensor
 
-from locallip_cuda import ops, reference
+from locallip_cuda import ops
+from locallip_cuda.ops import reference
 
 MASKS = ["none", "all", "empty", "one bit", "random", "rows", "columns"]
 

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import checkpoint, data, losses, models
-from .bounds import LocalBounds, global_bounds, local_bounds
-from .build_info import build_info
+from .. import losses
+from ..bounds import LocalBounds, global_bounds, local_bounds
+from ..build_info import build_info
+from ..propagation.estimate import GLOBAL_ITERATIONS
+from ..propagation.training_norms import SAMPLES, TrainingNorms
+from . import checkpoint, data, models
 from .checkpoint import CheckpointError
 from .distributed import Workers
-from .presets import Recipe
-from .propagation import GLOBAL_ITERATIONS
-from .training_norms import SAMPLES, TrainingNorms
+from .recipes import Recipe
 from .training_step import TrainingStep, adam
 
 CHECKPOINT_NAME = "checkpoint.safetensors"

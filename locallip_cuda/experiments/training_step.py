@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .nn import project_thresholds_
+from ..nn import project_thresholds_
 
 # Calls before a capture: as many as torch's documentation makes, for what libraries and autograd set up when first met.
 WARM_UP_CALLS = 3

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .build_info import load_extension
+from ..build_info import load_extension
 
 load_extension()
 _ops = torch.ops.locallip_cuda

@@ -36,8 +36,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..rounding import UNIT, exponent_of, gamma, power_of_two, rescaled
 from .lanczos import absolute_norms
-from .rounding import UNIT, exponent_of, gamma, power_of_two, rescaled
 
 # relative raises of the estimate, tried in turn; the first one fits a converged estimate
 RAISES = (2e-7, 2e-6, 2e-5, 2e-4, 2e-3, 2e-2, 2e-1)

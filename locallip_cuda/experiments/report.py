@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .build_info import build_info
+from ..build_info import build_info
 from .checkpoint import write_atomically
 from .data import Dataset
 from .evaluation import Measurement
@@ -107,7 +107,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the source tree this package lies in, None for an installed copy."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]

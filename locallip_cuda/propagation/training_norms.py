@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..norms.masked_norm import check_input
 from .layers import Operator, clean_pass, network
-from .norms import check_input
 
 if TYPE_CHECKING:
-    from .bounds import LocalBounds
+    from ..bounds import LocalBounds
 
 # Of the batch's vectors in the kept ones, a step.
 RATE = 0.3

@@ -41,8 +41,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
-from .rounding import TINY, UNIT, convolution, exponent_of, gamma, power_of_two, rescaled, up
+from .. import ops
+from ..rounding import TINY, UNIT, convolution, exponent_of, gamma, power_of_two, rescaled, up
 
 LEAST_MISS = 1e-5
 KEY_BITS = 128

@@ -15,14 +15,14 @@ from typing import Any, get_type_hints
 
 import torch
 
-from . import data, evaluation, models, report, train
-from .build_info import build_info
+from ..build_info import build_info
+from ..norms.masked_norm import GUARANTEES, check_guarantee
+from ..propagation.layers import UnsupportedModuleError
+from . import data, evaluation, models, report, training
 from .checkpoint import CheckpointError
 from .distributed import Workers
 from .journal import Journal
-from .layers import UnsupportedModuleError
-from .norms import GUARANTEES, check_guarantee
-from .presets import PRESETS, Recipe, recipe
+from .recipes import PRESETS, Recipe, recipe
 
 
 class RefutedError(Exception):
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     trainer.add_argument(
         "--precision",
-        choices=train.PRECISIONS,
+        choices=training.PRECISIONS,
         default="fp32",
         help="of the products in clean pass and bounds: fp32; tf32, on GPUs; bf16, by autocast (default: fp32)",
     )
@@ -192,8 +192,8 @@ def _recipe(arguments: argparse.Namespace, out: Path) -> Recipe:
     if not arguments.resume:
         changes = {name: value for name, value in given.items() if name not in ("preset", "activation")}
         return recipe(arguments.preset, given.get("activation")).replace(**changes)
-    path = out / train.CHECKPOINT_NAME
-    _, stored, _ = train.load_model(path)
+    path = out / training.CHECKPOINT_NAME
+    _, stored, _ = training.load_model(path)
     for name, value in given.items():
         if value != getattr(stored, name):
             raise ValueError(
@@ -209,7 +209,7 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     with Workers() as workers:
         device = _choose_device(arguments.device, workers.local_rank)
         workers.connect(device)
-        settings = train.Settings(
+        settings = training.Settings(
             out=out,
             data_root=arguments.data,
             device=device,
@@ -217,11 +217,11 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             resume=arguments.resume,
             overwrite=arguments.overwrite,
         )
-        trainer = train.Trainer(_recipe(arguments, out), settings, workers)
+        trainer = training.Trainer(_recipe(arguments, out), settings, workers)
         done = trainer.epoch == trainer.recipe.epochs
         try:
             trainer.run()
-        except train.Interrupted as stop:
+        except training.Interrupted as stop:
             if workers.rank == 0:
                 again = [a for a in command if a not in ("--overwrite", "--resume")]
                 where = f"epoch {trainer.epoch + 1}, step {trainer.step} of {trainer.steps}"
@@ -245,14 +245,14 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         check_guarantee(guarantee, arguments.failure_probability)
     path: Path = arguments.checkpoint
     if path.is_dir():
-        path = path / train.CHECKPOINT_NAME
-    model, stored, config = train.load_model(path)
+        path = path / training.CHECKPOINT_NAME
+    model, stored, config = training.load_model(path)
     _check_data(stored.preset, arguments.data)
     device = _choose_device(arguments.device)
     eps = stored.eps if arguments.eps is None else arguments.eps
     name = models.spec(stored.preset).data
     dataset = data.load(name, arguments.data, train=False)
-    train.set_precision("fp32", device)
+    training.set_precision("fp32", device)
     out: Path = arguments.out or path.parent
     out.mkdir(parents=True, exist_ok=True)
     context: dict[str, Any] = {
@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = str(error), 2
     except FileExistsError as error:
         message, code = f"{error} (--resume, --overwrite, --out)", 2
-    except (OSError, ImportError, RefutedError, train.TrainingError) as error:
+    except (OSError, ImportError, RefutedError, training.TrainingError) as error:
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT

@@ -11,8 +11,8 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
-from . import ops
-from .nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
+from .. import ops
+from ..nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
 
 SUPPORTED = (
     "Linear, Conv2d (padding_mode='zeros'), AvgPool2d, Normalize, Flatten, Identity, Dropout in eval mode, ReLU, "

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
+from ..rounding import TINY, exponent_of, power_of_two, rescaled, rounded_up, textbook_products, up
 from .cholesky import proved_norms
 from .lanczos import absolute_norms, check_entropy, probable_norms
-from .rounding import TINY, exponent_of, power_of_two, rescaled, rounded_up, textbook_products, up
 
 
 class NormBound(NamedTuple):
@@ -302,8 +302,8 @@ def masked_norm_bound(
 
     Args:
         guarantee: "probabilistic": right with probability 1 - failure_probability for each sample, over random vectors
-            from the operating system's entropy (:mod:`locallip_cuda.lanczos`). "deterministic": proved by a Cholesky
-            factorisation (:mod:`locallip_cuda.cholesky`), on the CPU, usually within 1e-6 of the norm; for large
+            from the operating system's entropy (:mod:`.lanczos`). "deterministic": proved by a Cholesky
+            factorisation (:mod:`.cholesky`), on the CPU, usually within 1e-6 of the norm; for large
             convolutions it takes seconds a sample. "estimate": ``upper`` repeats the estimate and proves nothing.
         failure_probability: in [2^-96, 1), of the probabilistic guarantee for one sample.
         tightness: relative width of the probabilistic bound; half of it takes at most 1.4 times the steps.

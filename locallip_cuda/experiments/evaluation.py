@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attack import pgd
-from .bounds import LocalBounds, local_bounds
+from ..attack import pgd
+from ..bounds import LocalBounds, local_bounds
+from ..norms.masked_norm import check_guarantee, stated_failure_probability
+from ..propagation.layers import leaves
+from ..propagation.proof import check_provable
 from .data import Dataset
 from .journal import Journal
-from .layers import leaves
-from .norms import check_guarantee, stated_failure_probability
-from .proved import check_provable
 
 # The curve of certified accuracy is sampled at these multiples of the radius.
 CURVE = tuple(k / 4 for k in range(9))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .nn import ClippedMaxMin, ClippedReLU, MaxMin
+from ..nn import ClippedMaxMin, ClippedReLU, MaxMin
 
 __all__ = ["ACTIVATIONS", "MODELS", "ModelSpec", "build", "spec"]
 

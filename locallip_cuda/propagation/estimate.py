@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
+from ..norms.masked_norm import values_are_at_hand
 from .layers import Activation, Operator, at
-from .norms import values_are_at_hand
 from .training_norms import SHARED_ITERATIONS, TrainingNorms
 
 # The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a

@@ -1,4 +1,4 @@
-"""Local bounds that are proofs: the pass of :mod:`locallip_cuda.propagation` again, in float64 and rounded outward.
+"""Local bounds that are proofs: the pass of :mod:`.estimate` again, in float64 and rounded outward.
 
 What is proved is a statement about the network in real arithmetic with its weights as they are stored. Everything
 carried is a float64 number and a bound of its distance from the real one:
@@ -21,11 +21,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from .. import ops
+from ..nn import halves
+from ..norms.masked_norm import norm_bound
+from ..rounding import TINY, UNIT, down, gamma, up
 from .layers import Activation, Leaf, Operator, UnsupportedModuleError, at
-from .nn import halves
-from .norms import norm_bound
-from .rounding import TINY, UNIT, down, gamma, up
 
 # relative and absolute error that is allowed to a smooth activation of torch in float64, in units of UNIT
 SMOOTH_ERROR = 16

@@ -1,0 +1,1 @@
+"""Masked operator norms: estimates for training, and bounds of two guarantees."""
