@@ -39,7 +39,7 @@ DOWN_AT_ONCE = 2
 
 # What control holds on its samples: means over them of the product and of every layer, and the worst product.
 SAMPLES = 8
-PRODUCT, LAYER, WORST = 0.98, 0.99, 0.93
+PRODUCT, LAYER, WORST = 0.985, 0.99, 0.95
 
 # From this share of its global norm on, the masked norms of a layer give way to it; below the second they come back.
 SHARE, LESS_SHARE = 0.98, 0.97
@@ -161,7 +161,7 @@ class TrainingNorms(nn.Module):
     def control(self, bounds: LocalBounds, y: Tensor) -> None:
         """Choose the iterations of every layer anew, from how close they come on the first samples of ``bounds``.
 
-        The cheapest are taken that hold 0.98 of the converged product (on average; 0.93 for the worst sample) and 0.99
+        The cheapest are taken that hold 0.985 of the converged product (on average; 0.95 for the worst sample) and 0.99
         of every layer's norm, but never far fewer than before. It reads values back, and so waits for a GPU.
 
         Args:
