@@ -17,11 +17,11 @@ from .norms.masked_norm import (
     ESTIMATE_ITERATIONS,
     check_guarantee,
     check_input,
-    described,
     norm_bound,
     stated_failure_probability,
     values_are_at_hand,
 )
+from .norms.operator import described
 from .propagation import agreement
 from .propagation.estimate import GLOBAL_ITERATIONS, Propagation, check_norm
 from .propagation.layers import IDENTITY, OPERATORS, Activation, Leaf, Operator, clean_pass, network

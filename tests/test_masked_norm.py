@@ -680,10 +680,10 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "weight: got dtype torch.int32, want torch.float32 or torch.float64",
     ),
     "half weight": (lambda: ll.masked_norm(W.half()), TypeError, "weight: got dtype torch.float16"),
-    "three-dimensional weight": (
-        lambda: ll.masked_norm(torch.ones(2, 3, 4)),
+    "six-dimensional weight": (
+        lambda: ll.masked_norm(torch.ones(2, 3, 1, 1, 1, 1)),
         ValueError,
-        r"weight: got shape \(2, 3, 4\), want \(m, n\) or",
+        r"weight: got shape \(2, 3, 1, 1, 1, 1\), want \(m, n\) or",
     ),
     "empty weight": (lambda: ll.masked_norm(torch.ones(0, 4)), ValueError, r"weight: got shape \(0, 4\)"),
     "float row mask": (

@@ -14,6 +14,7 @@ from .. import ops
 from ..rounding import TINY, exponent_of, power_of_two, rescaled, rounded_up, textbook_products, up
 from .cholesky import proved_norms
 from .lanczos import absolute_norms, check_entropy, probable_norms
+from .operator import Geometry, described, masked_operator
 
 
 class NormBound(NamedTuple):
@@ -44,15 +45,6 @@ TIGHTNESS = 5e-3
 SEARCH = (1e-9, 1e-3, 0)
 
 GUARANTEES = ("estimate", "probabilistic", "deterministic")
-
-
-def described(value: object) -> str:
-    """What a message says it got, where it wants a tensor or a number: a dtype, or a type by its full name."""
-    if isinstance(value, Tensor):
-        return str(value.dtype)
-    kind = type(value)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return f"{name} of {getattr(value, 'dtype', None)}" if getattr(value, "ndim", 0) else name
 
 
 def check_input(x: Tensor) -> None:
@@ -92,99 +84,6 @@ def values_are_at_hand(t: Tensor) -> bool:
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    pair = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(pair) != 2 or any(not isinstance(p, int) or isinstance(p, bool) or p < least for p in pair):
-        raise ValueError(f"{name}: got {value!r}, want an integer >= {least} or a pair of them")
-    return pair
-
-
-def _check_weight(weight: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {described(weight)}, want a torch.Tensor")
-    if weight.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weight: got dtype {weight.dtype}, want torch.float32 or torch.float64")
-    if weight.dim() not in (2, 4) or weight.numel() == 0:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, want (m, n) or (Cout, Cin/groups, kH, kW), no dimension 0"
-        )
-
-
-def _check_mask(name: str, mask: Tensor | None, shape: Sequence[int], weight: Tensor) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: got {described(mask)}, want a bool torch.Tensor or None")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: got dtype {mask.dtype}, want torch.bool")
-    if mask.dim() != len(shape) + 1 or list(mask.shape[1:]) != list(shape):
-        wanted = ", ".join(map(str, ["B", *shape]))
-        raise ValueError(f"{name}: got shape {tuple(mask.shape)}, want ({wanted})")
-    if mask.device != weight.device:
-        raise ValueError(f"{name}: got device {mask.device}, want weight's, {weight.device}")
-
-
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-Geometry = tuple[list[int], list[int], list[int], int]
-
-
-def _check_operator(
-    weight: Tensor,
-    row_mask: Tensor | None,
-    col_mask: Tensor | None,
-    input_size: Sequence[int] | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    groups: int,
-) -> tuple[list[int], Geometry]:
-    """The input shape [B, *input] of a masked operator and its convolution arguments, as the ops take them."""
-    _check_weight(weight)
-    convolution = weight.dim() == 4
-    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(
-            f"groups: got {groups!r}, want a positive divisor of weight's {weight.shape[0]} output channels"
-        )
-    if not convolution and (stride, padding, dilation, groups) != ([1, 1], [0, 0], [1, 1], 1):
-        raise ValueError("stride, padding, dilation, groups: got one for a dense weight (m, n), want the defaults")
-
-    if convolution:
-        channels = weight.shape[1] * groups
-        if input_size is None:
-            if col_mask is None:
-                raise ValueError("input_size: got None, want (Cin, H, W) for a convolution without col_mask")
-            if not isinstance(col_mask, Tensor):
-                raise TypeError(f"col_mask: got {described(col_mask)}, want a bool torch.Tensor or None")
-            input_size = list(col_mask.shape[1:])
-        input_shape = list(input_size)
-        if len(input_shape) != 3 or input_shape[0] != channels or min(input_shape) < 1:
-            name = "input_size" if col_mask is None else "col_mask"
-            raise ValueError(f"{name}: got {tuple(input_shape)}, want (Cin, H, W) with Cin = {channels}")
-        spatial = [
-            _output_size(input_shape[i + 1], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
-        ]
-        if min(spatial) < 1:
-            raise ValueError(f"input_size: got {tuple(input_shape)}, want an input no smaller than the dilated kernel")
-        output_shape = [weight.shape[0], *spatial]
-    else:
-        input_shape, output_shape = [weight.shape[1]], [weight.shape[0]]
-        if input_size is not None and list(input_size) != input_shape:
-            raise ValueError(
-                f"input_size: got {tuple(input_size)}, want None or ({input_shape[0]},) for a dense weight"
-            )
-    _check_mask("row_mask", row_mask, output_shape, weight)
-    _check_mask("col_mask", col_mask, input_shape, weight)
-    batches = {mask.shape[0] for mask in (row_mask, col_mask) if mask is not None}
-    if len(batches) > 1:
-        raise ValueError(f"row_mask, col_mask: got batch sizes {sorted(batches)}, want one batch size")
-    batch = batches.pop() if batches else 1
-    return [batch, *input_shape], (stride, padding, dilation, groups)
-
-
 @overload
 def masked_norm(
     weight: Tensor,
@@ -196,6 +95,7 @@ def masked_norm(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    transposed: bool = False,
     iterations: int = 4,
     start: Tensor | None = None,
     return_vectors: Literal[False] = False,
@@ -213,6 +113,7 @@ def masked_norm(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    transposed: bool = False,
     iterations: int = 4,
     start: Tensor | None = None,
     return_vectors: Literal[True],
@@ -229,6 +130,7 @@ def masked_norm(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    transposed: bool = False,
     iterations: int = 4,
     start: Tensor | None = None,
     return_vectors: bool = False,
@@ -243,11 +145,15 @@ def masked_norm(
     ``torch.backends.cuda.matmul.allow_tf32`` is set.
 
     Args:
-        weight: (m, n), or (Cout, Cin/groups, kH, kW) for a zero-padded convolution; float32 or float64.
-        row_mask: bool (B, m) or (B, Cout, Ho, Wo), True where a row stays; None keeps all rows.
-        col_mask: bool (B, n) or (B, Cin, H, W), True where a column stays; None keeps all columns.
-        input_size: (Cin, H, W); needed for a convolution without ``col_mask``.
+        weight: (m, n), or (Cout, Cin/groups, *kernel) for a zero-padded convolution over one to three dimensions;
+            float32 or float64. One over three is taken as one over two, with the first of them unrolled into channels.
+        row_mask: bool (B, m) or (B, Cout, *output), True where a row stays; None keeps all rows.
+        col_mask: bool (B, n) or (B, Cin, *input), True where a column stays; None keeps all columns.
+        input_size: (Cin, *input); needed for a convolution without ``col_mask``.
         stride, padding, dilation, groups: of the convolution, as in :func:`torch.nn.functional.conv2d`.
+        transposed: a transposed convolution, as in :func:`torch.nn.functional.conv_transpose2d`, with a weight
+            (Cin, Cout/groups, *kernel). Its output is as large as ``row_mask`` where that is given, and as without
+            ``output_padding`` where it is not.
         iterations: how many times A^T A enters the Krylov space; each costs one application of W and one of W^T. For
             a dense weight with at most 16 rows the space is exhausted, whatever the number.
         start: right vectors to start from, (*input) or (B, *input); a small fixed pseudo-random vector is always
@@ -263,21 +169,13 @@ def masked_norm(
         TypeError: a mask that is not bool, a weight that is not float32 or float64.
         ValueError: shapes, devices or convolution arguments that do not fit; on a CPU, NaN or infinite weights.
     """
-    conv = (stride, padding, dilation, groups)
-    input_shape, geometry = _check_operator(weight, row_mask, col_mask, input_size, *conv)
+    operator = masked_operator(weight, row_mask, col_mask, input_size, stride, padding, dilation, groups, transposed)
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
-    if start is not None:
-        if not isinstance(start, Tensor) or start.dtype != weight.dtype or start.device != weight.device:
-            raise TypeError(f"start: want a tensor of weight's dtype {weight.dtype} and device {weight.device}")
-        if list(start.shape) == input_shape[1:]:
-            start = start.unsqueeze(0)
-        if list(start.shape[1:]) != input_shape[1:] or start.shape[0] not in (1, input_shape[0]):
-            raise ValueError(f"start: got shape {tuple(start.shape)}, want {tuple(input_shape[1:])} or (B, *) of it")
-    result = ops.masked_norm(weight, row_mask, col_mask, start, input_shape, *geometry, iterations)
-    if values_are_at_hand(weight) and bool(result[0].isnan().any()):
+    sigma, right, left = ops.masked_norm(*operator.arguments(start), iterations)
+    if values_are_at_hand(weight) and bool(sigma.isnan().any()):
         raise ValueError("weight: got NaN or infinite values, want finite ones")
-    return result if return_vectors else result[0]
+    return (sigma, *operator.vectors(right, left)) if return_vectors else sigma
 
 
 def masked_norm_bound(
@@ -290,6 +188,7 @@ def masked_norm_bound(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    transposed: bool = False,
     guarantee: str = "probabilistic",
     failure_probability: float = 1e-9,
     tightness: float = TIGHTNESS,
@@ -317,10 +216,17 @@ def masked_norm_bound(
     check_guarantee(guarantee, failure_probability, seed)
     if isinstance(tightness, bool) or not isinstance(tightness, (int, float)) or not 1e-6 <= tightness < math.inf:
         raise ValueError(f"tightness: got {tightness!r}, want a number >= 1e-6")
-    conv = (stride, padding, dilation, groups)
-    input_shape, geometry = _check_operator(weight, row_mask, col_mask, input_size, *conv)
+    operator = masked_operator(weight, row_mask, col_mask, input_size, stride, padding, dilation, groups, transposed)
     upper, estimate = norm_bound(
-        weight, row_mask, col_mask, input_shape, geometry, guarantee, failure_probability, tightness, seed
+        operator.weight,
+        operator.row_mask,
+        operator.col_mask,
+        operator.input_shape,
+        operator.geometry,
+        guarantee,
+        failure_probability,
+        tightness,
+        seed,
     )
     return NormBound(
         estimate.to(weight.dtype) if guarantee == "estimate" else rounded_up(upper, weight.dtype),
