@@ -178,7 +178,8 @@ def test_the_graph_computes_what_the_model_computes(name: str) -> None:
     build, sizes = NETWORKS[name]
     torch.manual_seed(0)
     model = build().double()
-    trace = Trace(model, torch.zeros(2, *sizes, dtype=torch.float64))
+    Trace(model, torch.zeros(2, *sizes, dtype=torch.float64))
+    trace = Trace(model, torch.zeros(2, *sizes, dtype=torch.float64))  # by shapes that are known from the first
     x = torch.randn(2, *sizes, dtype=torch.float64, requires_grad=True)
     expected, found = model(x), trace(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -288,9 +289,10 @@ def test_random_programs(program: list[tuple[int, int, bool]]) -> None:
         with pytest.raises(RuntimeError):
             Trace(model, x)
         return
-    try:
-        trace = Trace(model, x)
-    except UntraceableError as error:
-        assert "that a view" in str(error)
-        return
-    torch.testing.assert_close(trace(x), expected, rtol=0, atol=0)
+    for _ in range(2):
+        try:
+            trace = Trace(model, x)
+        except UntraceableError as error:
+            assert "that a view" in str(error)
+            continue
+        torch.testing.assert_close(trace(x), expected, rtol=0, atol=0)

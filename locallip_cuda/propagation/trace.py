@@ -179,9 +179,8 @@ class _Recorder:
         if written is not None:
             func, kwargs = _out_of_place(func, path), {**kwargs, **({"inplace": False} if "inplace" in kwargs else {})}
             self._check_alone(written, func, path)
-        metas = _mapped((args, kwargs), _meta)
         try:
-            result = func(*metas[0], **metas[1])
+            result = _shaped(func, args, kwargs)
         except NotImplementedError as error:
             raise UntraceableError(f"{_at(path)}: {func.__name__} cannot be recorded: {error}") from error
         given = _mapped((args, kwargs), lambda item: item.node if isinstance(item, Value) else item)
@@ -245,10 +244,60 @@ def _out_of_place(func: Callable[..., Any], path: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _meta(item: Any) -> Any:
-    if isinstance(item, Value):
-        return item._meta
-    return item.detach().to("meta") if isinstance(item, Tensor) else item
+def _meta_of(item: Tensor) -> Tensor:
+    return item._meta if isinstance(item, Value) else item.detach()
+
+
+# The results of functions, without numbers, by the shapes of what they take: torch's own answer takes its time.
+_known: dict[Any, tuple[type | None, list[tuple[torch.Size, tuple[int, ...], torch.dtype, int, int]]]] = {}
+_KNOWN_AT_MOST = 4096
+
+
+def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``func`` returns, on torch's device without numbers; a view shares the storage of what it is a view of."""
+    given = [_meta_of(item) for item in _leaves((args, kwargs)) if isinstance(item, Tensor)]
+    storages = [each.untyped_storage()._cdata if each.is_meta else None for each in given]
+    key = func, _key(args), _key(kwargs), tuple(storages.index(storage) for storage in storages)
+    if key not in _known:
+        remaining = iter(given)
+        metas = _mapped((args, kwargs), lambda item: next(remaining).to("meta") if isinstance(item, Tensor) else item)
+        result = func(*metas[0], **metas[1])
+        several = type(result) if isinstance(result, (tuple, list)) else None
+        results = list(result) if several else [result]
+        if not all(isinstance(each, Tensor) and each.is_meta for each in results):
+            return result
+        facts = []
+        for each in results:
+            own = each.untyped_storage()._cdata
+            shared = storages.index(own) if own in storages else -1
+            facts.append((each.shape, each.stride(), each.dtype, each.storage_offset(), shared))
+        if len(_known) >= _KNOWN_AT_MOST:
+            _known.clear()
+        if sum(fact[4] < 0 for fact in facts) > 1 and len({e.untyped_storage()._cdata for e in results}) < len(results):
+            return result  # they share a storage of their own
+        _known[key] = several, facts
+    kind, facts = _known[key]
+    found = []
+    for shape, stride, dtype, offset, shared in facts:
+        if shared < 0:
+            found.append(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
+        else:
+            found.append(torch.as_strided(given[shared], shape, stride, offset))
+    return found[0] if kind is None else kind(found)
+
+
+def _key(item: Any) -> Any:
+    """Equal for arguments of which torch's functions make results of the same shapes."""
+    if isinstance(item, Tensor):
+        meta = _meta_of(item)
+        return Tensor, meta.shape, meta.stride(), meta.dtype, meta.storage_offset()
+    if isinstance(item, (tuple, list)):
+        return type(item), tuple(_key(each) for each in item)
+    if isinstance(item, dict):
+        return tuple((name, _key(each)) for name, each in item.items())
+    if isinstance(item, slice):
+        return slice, item.start, item.stop, item.step
+    return type(item), item if item.__hash__ is not None else repr(item)
 
 
 def _at(path: str) -> str:
