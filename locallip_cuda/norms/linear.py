@@ -146,12 +146,10 @@ class Convolution(LinearMap):
                 strict=True,
             )
         ]
-        kept = [min(r, max(s, d) - 1) for r, s, d in zip(rest, self.stride, self.dilation, strict=True)]
         result: Tensor = _TRANSPOSED[len(self.stride)](
-            y, self.weight, None, self.stride, self.padding, kept, self.groups, self.dilation
+            y, self.weight, None, self.stride, self.padding, rest, self.groups, self.dilation
         )
-        beyond = [r - k for r, k in zip(rest, kept, strict=True)]  # more than torch adds: nothing reaches there
-        return F.pad(result, [n for b in reversed(beyond) for n in (0, b)]) if any(beyond) else result
+        return result
 
     def absolute(self) -> Convolution:
         return self.with_weight(self.weight.abs())

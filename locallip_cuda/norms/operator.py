@@ -132,13 +132,13 @@ def masked_operator(
         inner, outer, row_mask, col_mask = outer, inner, col_mask, row_mask
     geometry: Geometry = ([1, 1], [0, 0], [1, 1], 1)
     if dimensions:
-        weight, inner, outer, geometry = _planar(weight, inner, outer, (*conv, groups))
+        weight, inner, outer, geometry = planar(weight, inner, outer, (*conv, groups))
     row_mask = None if row_mask is None else row_mask.reshape(batch, *outer)
     col_mask = None if col_mask is None else col_mask.reshape(batch, *inner)
     return MaskedOperator(weight, row_mask, col_mask, [batch, *inner], geometry, sizes, transposed)
 
 
-def _planar(
+def planar(
     weight: Tensor, inner: list[int], outer: list[int], geometry: Geometry
 ) -> tuple[Tensor, list[int], list[int], Geometry]:
     """A convolution as one over two dimensions: its weight, the sizes of an input and of an output, its geometry."""

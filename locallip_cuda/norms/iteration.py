@@ -1,0 +1,181 @@
+"""Norms of masked linear maps by iteration, for training: by the compiled op where a map is one kernel.
+
+``||diag(rows) A diag(columns)||_2`` for a batch of masks, never above the true norm but for rounding, with the gradient
+v^T diag(rows) dA diag(columns) u of its singular vectors u and v, which are held constant.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.reference import NOISE, pseudo_random
+from .linear import Adjoint, Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Scaling
+from .operator import Geometry, planar
+
+
+def iterated_norm(
+    linear: LinearMap,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    batch: int,
+    start: Tensor | None,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sigma (B,), right (B, *input), left (B, *output)): norms and singular vectors; only sigma has a gradient.
+
+    Args:
+        rows, columns: bool (B, *output_sizes) and (B, *input_sizes), True where one stays; None keeps all.
+        batch: B.   start: None or right vectors to start from, (B or 1, *input_sizes).
+        iterations: dimensions of the Krylov space, but one; of no meaning for what has its norm in closed form.
+    """
+    if isinstance(linear, (Identity, Scaling)):
+        return _of_diagonal(linear, rows, columns, batch)
+    if isinstance(linear, Rearrangement):
+        return _of_rearrangement(linear, rows, columns, batch)
+    if isinstance(linear, Composed):
+        return _of_composed(linear, rows, columns, batch, start, iterations)
+    if isinstance(linear, Adjoint):
+        first = None if start is None else linear(start.detach())
+        sigma, right, left = iterated_norm(linear.of, columns, rows, batch, first, iterations)
+        return sigma, left, right
+    if isinstance(linear, (Dense, Convolution)):
+        return _of_kernel(linear, rows, columns, batch, start, iterations)
+    return _of_any(linear, rows, columns, batch, start, iterations)
+
+
+def _of_kernel(
+    linear: Dense | Convolution,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    batch: int,
+    start: Tensor | None,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, inner, outer = linear.weight, linear.input_sizes, linear.output_sizes
+    geometry: Geometry = ([1, 1], [0, 0], [1, 1], 1)
+    if isinstance(linear, Convolution):
+        own = (linear.stride, linear.padding, linear.dilation, linear.groups)
+        weight, inner, outer, geometry = planar(weight, inner, outer, own)
+
+    def laid_out(t: Tensor | None, sizes: list[int]) -> Tensor | None:
+        return None if t is None else t.reshape(len(t), *sizes)
+
+    sigma, right, left = ops.masked_norm(
+        weight,
+        laid_out(rows, outer),
+        laid_out(columns, inner),
+        laid_out(start, inner),
+        [batch, *inner],
+        *geometry,
+        iterations,
+    )
+    return sigma, right.reshape(batch, *linear.input_sizes), left.reshape(batch, *linear.output_sizes)
+
+
+def _of_composed(
+    linear: Composed, rows: Tensor | None, columns: Tensor | None, batch: int, start: Tensor | None, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Without the rearrangements at its ends where they do nothing but move the masks."""
+    first, last = linear.maps[0], linear.maps[-1]
+    if isinstance(first, Rearrangement) and first.injective:  # the inputs that it leaves out go
+        rest = linear.maps[1:]
+        inner = Composed(rest) if len(rest) > 1 else rest[0]
+        kept = None if columns is None else _moved(columns, first)
+        if not first.bijective:  # its zeros are columns that are not there
+            ones = torch.ones(1, *first.input_sizes, dtype=torch.bool, device=linear.like.device)
+            there = _moved(ones, first).expand(batch, *first.output_sizes)
+            kept = there if kept is None else kept & there
+        moved = None if start is None else first(start)
+        sigma, right, left = iterated_norm(inner, rows, kept, batch, moved, iterations)
+        return sigma, first.adjoint(right), left
+    if isinstance(last, Rearrangement) and last.injective:
+        rest = linear.maps[:-1]
+        inner = Composed(rest) if len(rest) > 1 else rest[0]
+        kept = None
+        if rows is not None or not last.bijective:  # outputs that it leaves out are rows that are not there
+            like = linear.like
+            chosen = torch.ones(batch, *last.output_sizes, dtype=like.dtype, device=like.device)
+            kept = last.adjoint(chosen if rows is None else chosen * rows) > 0
+        sigma, right, left = iterated_norm(inner, kept, columns, batch, start, iterations)
+        return sigma, right, last(left)
+    return _of_any(linear, rows, columns, batch, start, iterations)
+
+
+def _moved(mask: Tensor, rearrangement: Rearrangement) -> Tensor:
+    return rearrangement(mask.to(rearrangement.like.dtype)) > 0
+
+
+def _of_diagonal(
+    linear: Identity | Scaling, rows: Tensor | None, columns: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes, like = linear.input_sizes, linear.like
+    entries = linear(torch.ones(1, *sizes, dtype=like.dtype, device=like.device)).expand(batch, *sizes)
+    for mask in (rows, columns):
+        entries = entries if mask is None else torch.where(mask, entries, 0)
+    flat = entries.flatten(1)
+    largest = flat.detach().abs().argmax(1, keepdim=True)
+    value = flat.gather(1, largest)
+    right = torch.zeros_like(flat).detach().scatter(1, largest, (value != 0).to(flat.dtype))
+    left = right * value.detach().sign()
+    return value.abs()[:, 0], right.view(batch, *sizes), left.view(batch, *sizes)
+
+
+def _of_rearrangement(
+    linear: Rearrangement, rows: Tensor | None, columns: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The root of how many outputs, at most, one input is."""
+    like = linear.like
+    kept = torch.ones(batch, *linear.output_sizes, dtype=like.dtype, device=like.device)
+    kept = kept if rows is None else kept * rows
+    counts = linear.adjoint(kept)
+    counts = counts if columns is None else counts * columns
+    most, largest = counts.flatten(1).max(1, keepdim=True)
+    right = torch.zeros_like(counts).flatten(1).scatter(1, largest, (most > 0).to(like.dtype))
+    right = right.view(batch, *linear.input_sizes)
+    left = linear(right) * kept / most.sqrt().clamp_min(1).view(batch, *[1] * len(linear.output_sizes))
+    return most[:, 0].sqrt(), right, left
+
+
+def _of_any(
+    linear: LinearMap, rows: Tensor | None, columns: Tensor | None, batch: int, start: Tensor | None, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular value on a Krylov space of A^T A, orthonormalised twice and never restarted."""
+    like, sizes = linear.like.detach(), linear.input_sizes
+    tiny = 16 * torch.finfo(like.dtype).eps
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).flatten(1).sum(1).view(-1, *[1] * (x.dim() - 1))
+
+    def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+        return x if mask is None else torch.where(mask, x, 0)
+
+    def unit(x: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        length = dot(x, x).sqrt()
+        return torch.where(length > noise, x / length, 0)
+
+    with torch.no_grad():
+        noise_vector = pseudo_random([batch, math.prod(sizes)], 0, like).view(batch, *sizes)
+        x = unit(masked(noise_vector, columns))
+        if start is not None:
+            x = unit(masked(start.expand(batch, *sizes), columns)) + NOISE * x
+        right: list[Tensor] = []
+        left: list[Tensor] = []
+        for _ in range(min(iterations + 1, math.prod(sizes))):
+            length = dot(x, x).sqrt()
+            for _twice in range(2):
+                for q in right:
+                    x = x - q * dot(q, x)
+            right.append(unit(x, tiny * length))  # what is no longer is rounding: the space is exhausted
+            left.append(masked(linear(right[-1]), rows))
+            x = masked(linear.adjoint(left[-1]), columns)
+        image = torch.stack([z.flatten(1) for z in left], 2).double()
+        top = torch.linalg.eigh(image.mT @ image)[1][:, :, -1]
+        best_right = sum(q * top[:, j].to(q).view(-1, *[1] * len(sizes)) for j, q in enumerate(right))
+        best_right = unit(best_right)
+        best_left = unit(masked(linear(best_right), rows))
+    sigma = (best_left * masked(linear(best_right), rows)).flatten(1).sum(1)
+    return sigma, best_right, best_left
