@@ -1,0 +1,412 @@
+"""What each function of torch does to a value: the table, by function, of affine maps and of activations.
+
+A rule gets where it stands and the function's arguments, as :class:`.trace.Node` has them, with the value as the first
+one, and returns what the function is; ValueError says what it would have to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..norms.linear import Adjoint, Convolution, Dense, Identity, LinearMap, Rearrangement, Scaling, composed
+
+
+@dataclass
+class Site:
+    """Where a function stands: sizes of one sample of its value and of its result, and a tensor of the dtype, there."""
+
+    input_sizes: list[int]
+    output_sizes: list[int]
+    like: Tensor
+
+
+@dataclass
+class Affine:
+    """``linear`` x + ``bias``; the bias (1, *output) or what broadcasts to it."""
+
+    linear: LinearMap
+    bias: Tensor | None = None
+
+
+@dataclass
+class Elementwise:
+    """A function of every number by itself.
+
+    lipschitz: its constant. valley: it falls below and rises above that number; None where it rises everywhere.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    lipschitz: float = 1.0
+    valley: float | None = None
+
+    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest value between ``lower`` and ``upper``, but for rounding."""
+        low, high = self.function(lower), self.function(upper)
+        if self.valley is None:
+            return low, high
+        bottom = torch.full_like(lower, self.valley).clamp(lower, upper)
+        return self.function(bottom), torch.maximum(low, high)
+
+
+Rule = Callable[..., Affine | Elementwise]
+AnyRule = TypeVar("AnyRule", bound=Rule)
+RULES: dict[Callable[..., Any], Rule] = {}
+
+
+def rule(*functions: Callable[..., Any]) -> Callable[[AnyRule], AnyRule]:
+    """Register the decorated rule for ``functions``."""
+
+    def registered(build: AnyRule) -> AnyRule:
+        RULES.update(dict.fromkeys(functions, build))
+        return build
+
+    return registered
+
+
+def several(value: int | Sequence[int], count: int) -> list[int]:
+    """The ``count`` numbers that torch takes an integer, or a sequence of one, for."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * count if len(numbers) == 1 else numbers
+
+
+# ---- weights ----
+
+
+@rule(F.linear)
+def _linear(at: Site, value: Any, weight: Tensor, bias: Tensor | None = None) -> Affine:
+    if len(at.input_sizes) == 1:
+        return Affine(Dense(weight), bias)
+    # along the last dimension of several: a convolution with a kernel of one, over all the others
+    *places, features = at.input_sizes
+    before = Rearrangement(lambda x: x.flatten(1, -2).transpose(1, 2), at.input_sizes, at.like)
+    conv = Convolution(weight.unsqueeze(2), [features, math.prod(places)], [1], [0], [1], 1)
+    after = Rearrangement(lambda x: x.transpose(1, 2).reshape(len(x), *at.output_sizes), conv.output_sizes, at.like)
+    return Affine(composed(composed(before, conv), after), bias)
+
+
+def _by_channel(bias: Tensor | None, dimensions: int) -> Tensor | None:
+    return None if bias is None else bias.view(1, -1, *[1] * dimensions)
+
+
+@rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def _convolution(
+    at: Site,
+    value: Any,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Affine:
+    count = weight.dim() - 2
+    steps, dilations = several(stride, count), several(dilation, count)
+    if isinstance(padding, str):
+        reach = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        if any(r % 2 for r in reach):
+            raise ValueError("an uneven 'same' padding, want a symmetric one")
+        padding = [r // 2 for r in reach]
+    conv = Convolution(weight, at.input_sizes, steps, several(padding, count), dilations, groups)
+    return Affine(conv, _by_channel(bias, count))
+
+
+@rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def _transposed(
+    at: Site,
+    value: Any,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Affine:
+    count = weight.dim() - 2
+    numbers = (several(stride, count), several(padding, count), several(dilation, count))
+    conv = Convolution(weight, at.output_sizes, *numbers, groups)
+    if conv.output_sizes != at.input_sizes:
+        raise ValueError(f"output_padding={output_padding!r} beyond the stride, want less")
+    return Affine(Adjoint(conv), _by_channel(bias, count))
+
+
+@rule(F.batch_norm)
+def _batch_norm(
+    at: Site,
+    value: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Affine:
+    if training or running_mean is None or running_var is None:
+        raise ValueError("batch statistics, want eval mode and running ones")
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    shift = shift if bias is None else shift + bias
+    rest = len(at.input_sizes) - 1
+    factor = scale.view(1, -1, *[1] * rest)
+    return Affine(Scaling(factor, at.input_sizes), _by_channel(shift, rest))
+
+
+# ---- averages ----
+
+
+def _average(
+    at: Site, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], divisor: int | None = None
+) -> Affine:
+    channels = at.input_sizes[0]
+    weight = at.like.new_full((channels, 1, *kernel), 1 / (divisor or math.prod(kernel)))
+    return Affine(Convolution(weight, at.input_sizes, stride, padding, [1] * len(kernel), channels))
+
+
+@rule(torch.avg_pool1d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+def _average_pool(
+    at: Site,
+    value: Any,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Affine:
+    count = len(at.input_sizes) - 1
+    padded = several(padding, count)
+    if ceil_mode or (any(padded) and not count_include_pad):
+        raise ValueError("averages of different numbers of places, want ceil_mode=False and count_include_pad=True")
+    kernel = several(kernel_size, count)
+    return _average(at, kernel, several(stride or kernel, count), padded, divisor_override)
+
+
+@rule(F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+def _adaptive_average_pool(at: Site, value: Any, output_size: Any) -> Affine:
+    inner, outer = at.input_sizes[1:], at.output_sizes[1:]
+    if any(n % m for n, m in zip(inner, outer, strict=True)):
+        raise ValueError(f"output_size={tuple(outer)} of {tuple(inner)}, want sizes that divide")
+    kernel = [n // m for n, m in zip(inner, outer, strict=True)]
+    return _average(at, kernel, kernel, [0] * len(kernel))
+
+
+@rule(Tensor.mean, torch.mean)
+def _mean(at: Site, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Affine:
+    if dim is None or dtype is not None:
+        raise ValueError("a mean over the batch, or in another dtype, want dim=")
+    count = len(at.input_sizes)
+    dims = sorted(d % (count + 1) for d in ([dim] if isinstance(dim, int) else dim))
+    if not dims or dims[0] == 0:
+        raise ValueError(f"a mean over dim={dim}, which holds the batch, want others")
+    rest = [d for d in range(1, count + 1) if d not in dims]
+    kept, averaged = ([at.input_sizes[d - 1] for d in some] for some in (rest, dims))
+    order = [0, *rest, *dims]
+    before = Rearrangement(
+        lambda x: x.permute(order).reshape(len(x), math.prod(kept), math.prod(averaged)), at.input_sizes, at.like
+    )
+    length = [math.prod(averaged)]
+    pool = _average(Site(before.output_sizes, [], at.like), length, length, [0]).linear
+    after = Rearrangement(lambda x: x.reshape(len(x), *at.output_sizes), pool.output_sizes, at.like)
+    return Affine(composed(composed(before, pool), after))
+
+
+# ---- constants ----
+
+
+def _constant(at: Site, other: Any) -> Tensor:
+    """A number or a tensor that is the same for every sample, as (1, *) or a tensor that broadcasts to one sample."""
+    if not isinstance(other, (int, float, Tensor)) or isinstance(other, bool):
+        raise ValueError(f"a constant of type {type(other).__name__}, want a number or a tensor")
+    constant = torch.as_tensor(other).to(at.like)
+    if constant.dim() > len(at.input_sizes) and constant.shape[0] != 1:
+        raise ValueError(f"a constant of shape {tuple(constant.shape)}, want one that is the same for every sample")
+    return constant
+
+
+def _scaled(at: Site, factor: Tensor) -> LinearMap:
+    if at.input_sizes != at.output_sizes:
+        raise ValueError(f"a constant that makes {tuple(at.output_sizes)} of {tuple(at.input_sizes)}, want the same")
+    return Scaling(factor, at.input_sizes)
+
+
+@rule(Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__)
+def _times(at: Site, value: Any, other: Any) -> Affine:
+    return Affine(_scaled(at, _constant(at, other)))
+
+
+@rule(Tensor.div, torch.div, Tensor.__truediv__, torch.true_divide)
+def _divided(at: Site, value: Any, other: Any, *, rounding_mode: str | None = None) -> Affine:
+    if rounding_mode is not None:
+        raise ValueError(f"rounding_mode={rounding_mode!r}, want None")
+    return Affine(_scaled(at, 1 / _constant(at, other)))
+
+
+@rule(Tensor.neg, torch.neg, Tensor.__neg__)
+def _negative(at: Site, value: Any) -> Affine:
+    return Affine(_scaled(at, -torch.ones_like(at.like.new_empty(1))))
+
+
+@rule(Tensor.add, torch.add, Tensor.__add__, Tensor.__radd__)
+def _plus(at: Site, value: Any, other: Any, *, alpha: float = 1) -> Affine:
+    if at.input_sizes != at.output_sizes:
+        raise ValueError(f"a constant that makes {tuple(at.output_sizes)} of {tuple(at.input_sizes)}, want the same")
+    return Affine(Identity(at.input_sizes, at.like), alpha * _constant(at, other))
+
+
+@rule(Tensor.sub, torch.sub, Tensor.__sub__)
+def _minus(at: Site, value: Any, other: Any, *, alpha: float = 1) -> Affine:
+    return _plus(at, value, other, alpha=-alpha)
+
+
+@rule(Tensor.__rsub__, torch.rsub)
+def _from(at: Site, value: Any, other: Any) -> Affine:
+    return Affine(_negative(at, value).linear, _constant(at, other))
+
+
+# ---- rearrangements ----
+
+
+@rule(
+    *(Tensor.flatten, torch.flatten, Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten),
+    *(Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.view_as, Tensor.reshape_as),
+)
+def _reshape(at: Site, value: Any, *sizes: Any, **more: Any) -> Affine:
+    if math.prod(at.input_sizes) != math.prod(at.output_sizes):
+        raise ValueError(f"one that makes {tuple(at.output_sizes)} of {tuple(at.input_sizes)}, want each sample whole")
+    return Affine(Rearrangement(lambda x: x.reshape(len(x), *at.output_sizes), at.input_sizes, at.like))
+
+
+@rule(Tensor.contiguous, Tensor.clone, torch.clone)
+def _same(at: Site, value: Any, **layout: Any) -> Affine:
+    return Affine(Identity(at.input_sizes, at.like))
+
+
+@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+def _dropout(at: Site, value: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Affine:
+    if training:
+        raise ValueError("training mode, want eval mode")
+    return _same(at, value)
+
+
+def _rearranged(function: Callable[..., Any]) -> None:
+    """A rule for a function whose results choose from the inputs, whatever its other arguments are."""
+
+    def build(at: Site, value: Any, *args: Any, **kwargs: Any) -> Affine:
+        return Affine(Rearrangement(lambda x: function(x, *args, **kwargs), at.input_sizes, at.like))
+
+    rule(function)(build)
+
+
+for _function in (
+    *(Tensor.permute, torch.permute, Tensor.transpose, torch.transpose, Tensor.movedim, torch.movedim),
+    *(Tensor.swapaxes, Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.select, torch.select),
+    *(Tensor.flip, torch.flip, Tensor.roll, torch.roll, torch.pixel_shuffle, torch.pixel_unshuffle),
+    *(torch.channel_shuffle, Tensor.index_select, torch.index_select, Tensor.repeat_interleave),
+):
+    _rearranged(_function)
+
+
+@rule(F.pad)
+def _pad(at: Site, input_: Any, /, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Affine:
+    if mode == "constant" and value:
+        raise ValueError(f"padding with {value}, want zeros")
+    return Affine(Rearrangement(lambda x: F.pad(x, list(pad), mode), at.input_sizes, at.like))
+
+
+@rule(F.interpolate)
+def _resized(
+    at: Site, value: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **more: Any
+) -> Affine:
+    if mode not in ("nearest", "nearest-exact"):
+        raise ValueError(f"mode={mode!r}, want 'nearest'")
+    resized = Rearrangement(lambda x: F.interpolate(x, size, scale_factor, mode), at.input_sizes, at.like)
+    if any(m % n for n, m in zip(at.input_sizes[1:], at.output_sizes[1:], strict=True)):
+        raise ValueError(f"{tuple(at.input_sizes[1:])} to {tuple(at.output_sizes[1:])}, want an integer factor")
+    return Affine(resized)
+
+
+# ---- activations ----
+
+
+def _activation(*functions: Callable[..., Any], lipschitz: float = 1.0, valley: float | None = None) -> None:
+    """A rule for functions that have no arguments, or none that matters here."""
+    for function in functions:
+
+        def build(at: Site, value: Any, *, inplace: bool = False, function: Any = function) -> Elementwise:
+            return Elementwise(function, lipschitz, valley)
+
+        rule(function)(build)
+
+
+_activation(F.relu, torch.relu, Tensor.relu)
+_activation(F.tanh, torch.tanh, Tensor.tanh)
+_activation(F.sigmoid, torch.sigmoid, Tensor.sigmoid, lipschitz=0.25)
+_activation(F.hardsigmoid, lipschitz=1 / 6 * (1 + 1e-7))  # a float32 sixth is in torch's gradient
+_activation(torch.abs, Tensor.abs, Tensor.__abs__, valley=0.0)
+# Largest slopes, rounded up, and where the functions are least.
+_activation(F.silu, lipschitz=1.09983932014, valley=-1.278464542761074)
+_activation(F.mish, lipschitz=1.08849816126, valley=-1.1924312145154952)
+_activation(F.hardswish, lipschitz=1.5, valley=-1.5)
+
+
+@rule(F.gelu)
+def _gelu(at: Site, value: Any, approximate: str = "none") -> Elementwise:
+    lipschitz, valley = 1.12890414519, -0.7517915246935645
+    if approximate == "tanh":
+        lipschitz, valley = 1.12899306868, -0.7524614220710163
+    return Elementwise(lambda x: F.gelu(x, approximate=approximate), lipschitz, valley)
+
+
+@rule(F.leaky_relu)
+def _leaky_relu(at: Site, value: Any, negative_slope: float = 0.01, inplace: bool = False) -> Elementwise:
+    if not 0 <= negative_slope <= 1:
+        raise ValueError(f"negative_slope={negative_slope}, want one in [0, 1]")
+    return Elementwise(lambda x: F.leaky_relu(x, negative_slope))
+
+
+@rule(F.elu)
+def _elu(at: Site, value: Any, alpha: float = 1.0, inplace: bool = False) -> Elementwise:
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha={alpha}, want 0 < alpha <= 1")
+    return Elementwise(lambda x: F.elu(x, alpha))
+
+
+@rule(F.celu)
+def _celu(at: Site, value: Any, alpha: float = 1.0, inplace: bool = False) -> Elementwise:
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha}, want alpha > 0")
+    return Elementwise(lambda x: F.celu(x, alpha))
+
+
+@rule(F.hardtanh)
+def _hardtanh(at: Site, value: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Elementwise:
+    return Elementwise(lambda x: F.hardtanh(x, min_val, max_val))
+
+
+@rule(F.relu6)
+def _relu6(at: Site, value: Any, inplace: bool = False) -> Elementwise:
+    return Elementwise(F.relu6)
+
+
+@rule(F.softplus)
+def _softplus(at: Site, value: Any, beta: float = 1.0, threshold: float = 20.0) -> Elementwise:
+    if not beta > 0 or threshold < 20:  # below, torch's jumps down at the threshold
+        raise ValueError(f"beta={beta}, threshold={threshold}, want beta > 0 and threshold >= 20")
+    return Elementwise(lambda x: F.softplus(x, beta, threshold))
+
+
+@rule(torch.prelu)
+def _prelu(at: Site, value: Any, weight: Tensor) -> Elementwise:
+    slopes = weight.detach()
+    if not bool(((slopes >= 0) & (slopes <= 1)).all()):
+        raise ValueError(f"slopes in [{float(slopes.min()):.3g}, {float(slopes.max()):.3g}], want them in [0, 1]")
+    return Elementwise(lambda x: F.prelu(x, weight.to(x)))
