@@ -8,9 +8,10 @@ be read, and the program may depend on them; numbers cannot.
 
 from __future__ import annotations
 
+import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 
-class UntraceableError(TypeError):
+class UntraceableError(RuntimeError):  # not a TypeError, which torch's operators take for "not implemented"
     """A model does with its values what no graph of functions can say; the message names the module's path."""
 
 
@@ -41,21 +42,14 @@ class Node:
 # Read off a value without computing with it.
 _READ = {
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "grad_fn")
+    for name in (
+        *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "is_cuda", "is_cpu", "is_meta"),
+        *("is_nested", "is_sparse", "is_quantized", "is_mkldnn", "is_xpu", "is_mps", "is_vulkan"),
+    )
 } | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.ndimension,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.is_contiguous,
-    Tensor.get_device,
-    Tensor.element_size,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride),
+    *(Tensor.storage_offset, Tensor.is_contiguous, Tensor.get_device, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel),
 }
 
 # Would need the numbers.
@@ -76,18 +70,24 @@ _NUMBERS = {
 
 
 class Value(Tensor):
-    """A tensor of a shape, a dtype and a device, and of no numbers; the functions called on it are recorded."""
+    """A tensor of a shape, a dtype and a device, and of no numbers; the functions called on it are recorded.
+
+    stale: an update in place of another value that shares its memory has written over it, in which function; it may not
+    be read any more. constant: it shows the memory of a tensor that is no value, and may not be written.
+    """
 
     node: Node
-    _recorder: _Recorder
-    _meta: Tensor
+    meta: Tensor
+    stale: str
+    constant: bool
+    recorder: _Recorder
 
     @staticmethod
-    def __new__(cls, recorder: _Recorder, node: Node, meta: Tensor) -> Value:
+    def __new__(cls, recorder: _Recorder, node: Node, meta: Tensor, constant: bool = False) -> Value:
         value: Value = Tensor._make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=recorder.device
         )
-        value.node, value._recorder, value._meta = node, recorder, meta
+        value.node, value.meta, value.stale, value.constant, value.recorder = node, meta, "", constant, recorder
         recorder.alive.append(weakref.ref(value))
         return value
 
@@ -105,26 +105,33 @@ class Value(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         value = next(v for v in _values((args, kwargs or {})))
-        return value._recorder.call(func, args, kwargs or {})
+        return value.recorder.call(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        value = next(_values((args, kwargs or {})), None)
-        path = "" if value is None else value._recorder.path()
-        raise UntraceableError(f"{_at(path)}: calls {func} below torch's functions, where it cannot be recorded")
+        value = next(_values((args, kwargs or {})))
+        raise value.recorder.error(f"calls {func} below torch's functions, where it cannot be recorded")
 
 
 class Trace:
     """The graph of a model: ``output`` and all nodes that it needs, in the order in which they ran."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        """TypeError, UntraceableError: by path, where ``model(x)`` is no graph of functions of its input."""
+        """UntraceableError: by path, where ``model(x)`` is no graph of functions of its input.
+
+        Errors of the model itself are its own. In training mode the model's counters move as in any call.
+        """
         recorder = _Recorder(model, x.device)
         self.input = Node(None, (), {}, "", x.shape)
+        self._stride = x.stride()
         meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        output = model(Value(recorder, self.input, meta))
-        if not isinstance(output, Value):
-            raise UntraceableError(f"model: returns {type(output).__name__}, want one tensor that its input went into")
+        with recorder, torch.autocast(x.device.type, enabled=False):
+            output = model(Value(recorder, self.input, meta))
+            if not isinstance(output, Value) or output.recorder is not recorder:
+                raise UntraceableError(
+                    f"model: returns {type(output).__name__}, want one tensor that its input went into"
+                )
+            recorder.check_not_stale([output], "")
         self.output = output.node
         needed = {id(self.output)}
         self.nodes: list[Node] = []
@@ -135,7 +142,9 @@ class Trace:
         self.nodes.reverse()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the recorded functions make of ``x``, of the shape that was recorded."""
+        """What the recorded functions make of ``x``, laid out as what was recorded. ValueError for another shape."""
+        if x.shape != self.input.shape or x.stride() != self._stride:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, strides {x.stride()}, want those that were recorded")
         found: dict[int, Any] = {id(self.input): x}
 
         def filled(item: Any) -> Any:
@@ -149,12 +158,48 @@ class Trace:
 
 
 class _Recorder:
+    """One run of a model. As a context, it raises on leaving what the model swallowed, and leaves no value behind."""
+
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.device = device
         self.nodes: list[Node] = []
         self.alive: list[weakref.ref[Value]] = []
+        self._model = model  # an id stands for a module as long as it lives
         self._paths: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-        self._modules = model  # an id stands for a module as long as it lives
+        self._grad = torch.is_grad_enabled()
+        self._open = True
+        self._first_error: UntraceableError | None = None
+        self._constants: list[tuple[Tensor, int, str]] = []
+
+    def __enter__(self) -> _Recorder:
+        self._before = [(module, dict(module.__dict__), dict(module._buffers)) for module in self._model.modules()]
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._open = False
+        kept = ""
+        for module, own, buffers in self._before:
+            for now, before in ((module._buffers, buffers), (module.__dict__, own)):
+                if any(isinstance(value, Value) for value in _leaves(list(now.values()))):
+                    kept = kept or f"{_at(self._paths[id(module)])}: keeps a value of a call for later calls"
+                    now.clear()
+                    now.update(before)
+        if error is not None and not isinstance(error, UntraceableError) and self._first_error is not None:
+            raise self._first_error from error
+        if error is None:
+            if self._first_error is not None:
+                raise self._first_error
+            if kept:
+                raise UntraceableError(kept)
+            for constant, version, path in self._constants:
+                if constant._version != version:
+                    raise UntraceableError(f"{_at(path)}: takes a tensor that the model writes over afterwards")
+
+    def error(self, what: str) -> UntraceableError:
+        """The error to raise, where the model stands; it is not lost where the model swallows it."""
+        error = UntraceableError(f"{_at(self.path())}: {what}")
+        self._first_error = self._first_error or error
+        return error
 
     def path(self) -> str:
         """Of the innermost module whose method is running."""
@@ -167,136 +212,208 @@ class _Recorder:
         return ""
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        path = self.path()
+        path, name = self.path(), getattr(func, "__name__", repr(func))
+        if name == "__get__":  # of a property
+            name = getattr(getattr(func, "__self__", func), "__name__", name)
         if func in _NUMBERS:
-            raise UntraceableError(
-                f"{_at(path)}: {func.__name__} asks for the numbers of a value, so that what runs depends on them; "
-                "want a program that depends on shapes alone"
+            raise self.error(
+                f"{name} asks for the numbers of a value, so that what runs depends on them; want a program that "
+                "depends on shapes alone"
             )
-        if any(value._recorder is not self for value in _values((args, kwargs))):
-            raise UntraceableError(f"{_at(path)}: {func.__name__} takes a value of another call of a model")
-        written = self._written(func, args, kwargs)
+        if not self._open or any(value.recorder is not self for value in _values((args, kwargs))):
+            raise self.error(f"{name} takes a value of another call of a model")
+        if torch.is_grad_enabled() != self._grad:
+            raise self.error(f"{name} is called where gradients are switched, or by a function with its own gradient")
+        if torch.is_autocast_enabled(self.device.type):
+            raise self.error(f"{name} is called under autocast, want it around the model")
+        self.check_not_stale(_values((args, kwargs)), name)
+        written = self._written(func, name, args, kwargs)
         if written is not None:
-            func, kwargs = _out_of_place(func, path), {**kwargs, **({"inplace": False} if "inplace" in kwargs else {})}
-            self._check_alone(written, func, path)
+            func = self._out_of_place(func, name)
+            kwargs = {**kwargs, **({"inplace": False} if "inplace" in kwargs else {})}
         try:
-            result = _shaped(func, args, kwargs)
+            result = _shaped(func, args, kwargs, self.device)
         except NotImplementedError as error:
-            raise UntraceableError(f"{_at(path)}: {func.__name__} cannot be recorded: {error}") from error
+            raise self.error(f"{name} cannot be recorded: {error}") from error
         given = _mapped((args, kwargs), lambda item: item.node if isinstance(item, Value) else item)
-        if isinstance(result, Tensor):
-            node = self._note(func, *given, path, result.shape)
+        for item in _leaves((args, kwargs)):
+            if isinstance(item, Tensor) and not isinstance(item, Value) and not item.is_inference():
+                self._constants.append((item, item._version, path))
+        if isinstance(result, _Shown):
+            node = self._note(func, *given, path, result.meta.shape)
             if written is None:
-                return Value(self, node, result)
-            written.node, written._meta = node, result
+                return Value(self, node, result.meta, result.constant)
+            self._write(written, node, result.meta, name)
             return written
-        if isinstance(result, (tuple, list)) and all(isinstance(item, Tensor) for item in result):
-            several = self._note(func, *given, path, result[0].shape)
-            return type(result)(
-                Value(self, self._note(None, (several, i), {}, path, item.shape), item) for i, item in enumerate(result)
+        if isinstance(result, tuple):
+            several = self._note(func, *given, path, torch.Size())
+            return tuple(
+                Value(self, self._note(None, (several, i), {}, path, item.meta.shape), item.meta, item.constant)
+                for i, item in enumerate(result)
             )
-        raise UntraceableError(f"{_at(path)}: {func.__name__} returns {type(result).__name__}, want tensors")
+        raise self.error(f"{name} returns what is no tensor, want functions that return tensors")
+
+    def check_not_stale(self, values: Iterable[Value], name: str) -> None:
+        for value in values:
+            if value.stale:
+                raise self.error(
+                    f"{name or 'it'} takes a value that {value.stale}, in place, has written over through a view, or "
+                    "another value of the same memory; want that out of place"
+                )
 
     def _note(self, *fields: Any) -> Node:
         self.nodes.append(Node(*fields))
         return self.nodes[-1]
 
-    def _written(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value | None:
+    def _written(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Value | None:
         """The value that the call writes over."""
-        name = func.__name__
-        in_place = kwargs.get("inplace") or (name.endswith("_") and not name.endswith("__"))
-        if in_place or (name.startswith("__i") and name in _IN_PLACE_OPERATORS):
-            if isinstance(args[0], Value):
-                return args[0]
-            raise UntraceableError(f"{_at(self.path())}: {name} writes a value of the model into another tensor")
         if name == "__setitem__" or kwargs.get("out") is not None:
-            raise UntraceableError(f"{_at(self.path())}: {name} writes into a tensor, want functions that return one")
-        return None
+            raise self.error(f"{name} writes into a tensor, want functions that return one")
+        if not (kwargs.get("inplace") or (name.endswith("_") and not name.endswith("__")) or name in _UPDATES):
+            return None
+        if not args or not isinstance(args[0], Value):
+            raise self.error(f"{name} writes a value of the model into another tensor")
+        if args[0].constant:
+            raise self.error(f"{name} writes over a tensor that is no value of the model, through a view")
+        return args[0]
 
-    def _check_alone(self, written: Value, func: Callable[..., Any], path: str) -> None:
-        """Nothing else that lives may show what is written over ``written``."""
-        storage = written._meta.untyped_storage()._cdata
+    def _write(self, written: Value, node: Node, meta: Tensor, name: str) -> None:
+        before = written.meta
+        if (meta.shape, meta.dtype) != (before.shape, before.dtype):
+            raise self.error(f"{name} in place makes another shape or dtype, want it out of place")
+        storage = before.untyped_storage()._cdata
         self.alive = [ref for ref in self.alive if ref() is not None]
         for ref in self.alive:
             other = ref()
-            if other is not None and other is not written and other._meta.untyped_storage()._cdata == storage:
-                raise UntraceableError(
-                    f"{_at(path)}: {func.__name__} in place writes over a tensor that a view, or another value, shows "
-                    "too; want it out of place"
-                )
+            if other is not None and other is not written and other.meta.untyped_storage()._cdata == storage:
+                other.stale = name
+        # a new memory, laid out as before
+        written.node = node
+        written.meta = torch.empty_strided(before.shape, before.stride(), dtype=before.dtype, device="meta")
+
+    def _out_of_place(self, func: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function that returns what ``func`` would write."""
+        if name in _UPDATES:
+            other = f"__{name[3:]}"
+        elif name.endswith("_"):
+            other = name[:-1]
+        else:
+            return func  # with inplace=False
+        found = next((vars(owner)[other] for owner in (torch._C.TensorBase, Tensor) if other in vars(owner)), None)
+        found = found or getattr(nn.functional, other, None)
+        if other in _DRAWN or not callable(found):
+            raise self.error(f"{name} in place cannot be recorded, want a function that returns its result")
+        return found  # type: ignore[no-any-return]
 
 
-_IN_PLACE_OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "pow", "matmul")}
+_UPDATES = {
+    f"__i{name}__"
+    for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()  # noqa: SIM905
+}
+
+# What is drawn into a tensor is no function of it; and what is no function at all.
+_DRAWN = {
+    "normal",
+    "bernoulli",
+    "random",
+    "uniform",
+    "exponential",
+    "geometric",
+    "cauchy",
+    "log_normal",
+    "requires_grad",
+}
 
 
-def _out_of_place(func: Callable[..., Any], path: str) -> Callable[..., Any]:
-    """The function that returns what ``func`` would write."""
-    name = func.__name__
-    if name in _IN_PLACE_OPERATORS:
-        name = f"__{name[3:]}"
-    elif name.endswith("_"):
-        name = name[:-1]
-    else:
-        return func  # with inplace=False
-    found = getattr(Tensor, name, None) or getattr(torch, name, None) or getattr(nn.functional, name, None)
-    if found is None:
-        raise UntraceableError(f"{_at(path)}: {func.__name__} has no form that is not in place, want one")
-    return found  # type: ignore[no-any-return]
+@dataclass
+class _Shown:
+    """A result without numbers; ``constant`` where it shows the memory of a tensor that is no value."""
+
+    meta: Tensor
+    constant: bool
 
 
-def _meta_of(item: Tensor) -> Tensor:
-    return item._meta if isinstance(item, Value) else item.detach()
-
+# Shape, strides, dtype, offset, and which of the tensors that the function takes it shares memory with, or none.
+_Facts = tuple[torch.Size, tuple[int, ...], torch.dtype, int, int | None]
 
 # The results of functions, without numbers, by the shapes of what they take: torch's own answer takes its time.
-_known: dict[Any, tuple[type | None, list[tuple[torch.Size, tuple[int, ...], torch.dtype, int, int]]]] = {}
+_known: dict[Any, tuple[bool, list[_Facts]]] = {}
 _KNOWN_AT_MOST = 4096
 
 
-def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What ``func`` returns, on torch's device without numbers; a view shares the storage of what it is a view of."""
-    given = [_meta_of(item) for item in _leaves((args, kwargs)) if isinstance(item, Tensor)]
-    storages = [each.untyped_storage()._cdata if each.is_meta else None for each in given]
-    key = func, _key(args), _key(kwargs), tuple(storages.index(storage) for storage in storages)
-    if key not in _known:
-        remaining = iter(given)
-        metas = _mapped((args, kwargs), lambda item: next(remaining).to("meta") if isinstance(item, Tensor) else item)
-        result = func(*metas[0], **metas[1])
-        several = type(result) if isinstance(result, (tuple, list)) else None
+def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Any:
+    """What ``func`` returns, without numbers, as one or a tuple of :class:`_Shown`; None where that is no tensor."""
+    given = [item for item in _leaves((args, kwargs)) if isinstance(item, Tensor)]
+    storages = [item.meta.untyped_storage()._cdata if isinstance(item, Value) else None for item in given]
+    shares = tuple(storages.index(storage) for storage in storages)
+    key = func, _key(args), _key(kwargs), shares, torch.get_default_dtype(), torch.is_grad_enabled()
+    known = _known.get(key)
+    if known is None:
+        metas = [item.meta if isinstance(item, Value) else item.detach().to("meta") for item in given]
+        remaining = iter(metas)
+
+        def on_meta(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return next(remaining)
+            same = isinstance(item, (str, torch.device)) and str(item) in (str(device), device.type)
+            return torch.device("meta") if same else item
+
+        own_args, own_kwargs = _mapped((args, kwargs), on_meta)
+        stays = func in (Tensor.cpu, Tensor.cuda) and func.__name__ == device.type
+        result = own_args[0] if stays else func(*own_args, **own_kwargs)
+        several = isinstance(result, (tuple, list))
         results = list(result) if several else [result]
-        if not all(isinstance(each, Tensor) and each.is_meta for each in results):
-            return result
-        facts = []
+        if not all(isinstance(each, Tensor) for each in results):
+            return None
+        results = [each if each.is_meta else torch.empty_like(each, device="meta") for each in results]
+        memory = [meta.untyped_storage()._cdata for meta in metas]
+        facts: list[_Facts] = []
         for each in results:
             own = each.untyped_storage()._cdata
-            shared = storages.index(own) if own in storages else -1
+            shared = memory.index(own) if own in memory else None
             facts.append((each.shape, each.stride(), each.dtype, each.storage_offset(), shared))
+        fresh = [each.untyped_storage()._cdata for each, fact in zip(results, facts, strict=True) if fact[4] is None]
+        plain = all(shared is None or dtype == metas[shared].dtype for _, _, dtype, _, shared in facts)
+        if not plain or len(set(fresh)) < len(fresh):  # seen as another dtype, or sharing a memory of their own
+            shown = [
+                _Shown(each, fact[4] is not None and _is_constant(given[fact[4]]))
+                for each, fact in zip(results, facts, strict=True)
+            ]
+            return tuple(shown) if several else shown[0]
         if len(_known) >= _KNOWN_AT_MOST:
             _known.clear()
-        if sum(fact[4] < 0 for fact in facts) > 1 and len({e.untyped_storage()._cdata for e in results}) < len(results):
-            return result  # they share a storage of their own
-        _known[key] = several, facts
-    kind, facts = _known[key]
+        known = _known[key] = several, facts
+    several, facts = known
     found = []
     for shape, stride, dtype, offset, shared in facts:
-        if shared < 0:
-            found.append(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
+        source = None if shared is None else given[shared]
+        if isinstance(source, Value):
+            found.append(_Shown(torch.as_strided(source.meta, shape, stride, offset), source.constant))
         else:
-            found.append(torch.as_strided(given[shared], shape, stride, offset))
-    return found[0] if kind is None else kind(found)
+            meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            found.append(_Shown(meta, source is not None))
+    return tuple(found) if several else found[0]
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    return tensor.constant if isinstance(tensor, Value) else True
 
 
 def _key(item: Any) -> Any:
     """Equal for arguments of which torch's functions make results of the same shapes."""
+    if isinstance(item, Value):
+        return Value, item.meta.shape, item.meta.stride(), item.meta.dtype, item.meta.storage_offset()
     if isinstance(item, Tensor):
-        meta = _meta_of(item)
-        return Tensor, meta.shape, meta.stride(), meta.dtype, meta.storage_offset()
+        return Tensor, item.shape, item.stride(), item.dtype, item.storage_offset()
     if isinstance(item, (tuple, list)):
         return type(item), tuple(_key(each) for each in item)
     if isinstance(item, dict):
         return tuple((name, _key(each)) for name, each in item.items())
     if isinstance(item, slice):
-        return slice, item.start, item.stop, item.step
+        bounds = (item.start, item.stop, item.step)
+        return slice, *(None if bound is None else operator.index(bound) for bound in bounds)
     return type(item), item if item.__hash__ is not None else repr(item)
 
 
@@ -306,8 +423,8 @@ def _at(path: str) -> str:
 
 def _mapped(item: Any, function: Callable[[Any], Any]) -> Any:
     """``function`` of everything in nested tuples, lists and dicts."""
-    if isinstance(item, (tuple, list)) and type(item) in (tuple, list):
-        return type(item)(_mapped(each, function) for each in item)
+    if isinstance(item, (tuple, list)):
+        return (list if isinstance(item, list) else tuple)(_mapped(each, function) for each in item)
     if isinstance(item, dict):
         return {name: _mapped(each, function) for name, each in item.items()}
     return function(item)
