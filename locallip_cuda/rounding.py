@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .shapes import transposed_size
+
 UNIT = 2.0**-53
 TINY = 2.0**-1022
 
@@ -92,8 +94,8 @@ def convolution(
     """The convolution W x without cuDNN; with ``transposed_to``, the sizes (H, W) of an input, the adjoint W^T x."""
     rest = [0, 0]  # what a stride leaves over at the far border
     if transposed_to is not None:
-        shape = zip(transposed_to, x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-        rest = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in shape]
+        sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        rest = [n - transposed_size(*of_axis) for n, of_axis in zip(transposed_to, sizes, strict=True)]
     transposed, switches = transposed_to is not None, (False, False, False, False)  # the third one is cuDNN's
     arguments = (list(stride), list(padding), list(dilation), transposed, rest, groups)
     result: Tensor = torch.ops.aten._convolution.default(x, weight, None, *arguments, *switches)

@@ -13,7 +13,7 @@ import locallip_cuda
 PACKAGE = Path(locallip_cuda.__file__).parent
 # from the lowest floor to the highest; a module imports from its own floor and from lower ones
 FLOORS = (
-    ("build_info", "rounding", "nn"),
+    ("build_info", "shapes", "rounding", "nn"),
     ("ops",),
     ("norms",),
     ("propagation",),

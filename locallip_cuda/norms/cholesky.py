@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ..rounding import UNIT, exponent_of, gamma, power_of_two, rescaled
+from ..shapes import output_size
 from .lanczos import absolute_norms
 
 # relative raises of the estimate, tried in turn; the first one fits a converged estimate
@@ -257,10 +258,7 @@ def _convolution(
 ) -> Banded:
     """The smaller of the two Gram matrices, by the work of its factorisation."""
     kernel = weight.shape[2:]
-    output = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    ]
+    output = [output_size(*numbers) for numbers in zip(size, kernel, stride, padding, dilation, strict=True)]
     places = [
         torch.arange(k, device="cpu").view(-1, 1) * d - p for k, p, d in zip(kernel, padding, dilation, strict=True)
     ]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operator import output_size
+from ..shapes import output_size, transposed_size
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -134,18 +134,10 @@ class Convolution(LinearMap):
         return result
 
     def adjoint(self, y: Tensor) -> Tensor:
-        rest = [  # what a stride leaves over at the far border
-            n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
-            for n, m, k, s, p, d in zip(
-                self.input_sizes[1:],
-                self.output_sizes[1:],
-                self.weight.shape[2:],
-                self.stride,
-                self.padding,
-                self.dilation,
-                strict=True,
-            )
-        ]
+        conv = (self.weight.shape[2:], self.stride, self.padding, self.dilation)
+        shortest = [transposed_size(*numbers) for numbers in zip(self.output_sizes[1:], *conv, strict=True)]
+        # what a stride leaves over at the far border
+        rest = [n - least for n, least in zip(self.input_sizes[1:], shortest, strict=True)]
         result: Tensor = _TRANSPOSED[len(self.stride)](
             y, self.weight, None, self.stride, self.padding, rest, self.groups, self.dilation
         )

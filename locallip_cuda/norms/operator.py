@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rounding import convolution
+from ..shapes import output_size, transposed_size
 
 # stride, padding, dilation and groups, as the ops take them
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -29,11 +30,6 @@ def described(value: object) -> str:
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"{name} of {getattr(value, 'dtype', None)}" if getattr(value, "ndim", 0) else name
-
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """How long a convolution's output is along one dimension; below 1 where there is none."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 @dataclass
@@ -79,10 +75,8 @@ class MaskedOperator:
             raise ValueError(f"start: got shape {tuple(start.shape)}, want {tuple(sizes)} or (B, *) of it")
         if not self.transposed:
             return start.reshape(len(start), *self.input_shape[1:])
-        rest = [
-            output_size(n, k, s, p, d)
-            for n, k, s, p, d in zip(self.input_shape[2:], self.weight.shape[2:], *self.geometry[:3], strict=True)
-        ]
+        numbers = zip(self.input_shape[2:], self.weight.shape[2:], *self.geometry[:3], strict=True)
+        rest = [output_size(*of_axis) for of_axis in numbers]
         start = start.detach().reshape(len(start), self.weight.shape[0], *rest)
         return convolution(start, self.weight.detach(), *self.geometry, transposed_to=self.input_shape[2:])
 
@@ -187,7 +181,7 @@ def _convolution_sizes(
         if min(spatial) < 1:
             raise ValueError(f"input_size: got {tuple(inner)}, want an input no smaller than the dilated kernel")
         return inner, [weight.shape[0], *spatial]
-    outer = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in zip(inner[1:], kernel, *conv, strict=True)]
+    outer = [transposed_size(*numbers) for numbers in zip(inner[1:], kernel, *conv, strict=True)]
     if isinstance(row_mask, Tensor) and row_mask.dim() == len(inner) + 1:
         given = list(row_mask.shape[2:])  # of which output_padding decides
         back = [output_size(*numbers) for numbers in zip(given, kernel, *conv, strict=True)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..build_info import load_extension
+from ..shapes import output_size
 
 load_extension()
 _ops = torch.ops.locallip_cuda
@@ -155,10 +156,8 @@ def _output_shape(
 ) -> list[int]:
     output = [input_shape[0], weight.shape[0]]
     if weight.dim() == 4:
-        output += [
-            (input_shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
-            for i in range(2)
-        ]
+        sizes = zip(input_shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        output += [output_size(*numbers) for numbers in sizes]
     return output
 
 

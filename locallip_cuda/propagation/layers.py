@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
+from ..shapes import several
 
 SUPPORTED = (
     "Linear, Conv2d (padding_mode='zeros'), AvgPool2d, Normalize, Flatten, Identity, Dropout in eval mode, ReLU, "
@@ -120,22 +121,16 @@ IDENTITY = Activation("identity", nn.Identity())
 Step = Operator | Activation | nn.Flatten
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    """The two numbers that torch takes an integer, or a sequence of one, for."""
-    pair = [value] if isinstance(value, int) else list(value)
-    return pair * 2 if len(pair) == 1 else pair
-
-
 def _convolution(path: str, module: nn.Conv2d, like: Tensor) -> Operator:
     if module.padding_mode != "zeros":
         raise UnsupportedModuleError(f"{at(path)}: Conv2d with padding_mode={module.padding_mode!r}, want 'zeros'")
     padding = module.padding
     if isinstance(padding, str):
-        reach = [d * (k - 1) for d, k in zip(_pair(module.dilation), module.weight.shape[2:], strict=True)]
+        reach = [d * (k - 1) for d, k in zip(several(module.dilation, 2), module.weight.shape[2:], strict=True)]
         if padding == "same" and any(r % 2 for r in reach):
             raise UnsupportedModuleError(f"{at(path)}: Conv2d with an uneven 'same' padding, want a symmetric one")
         padding = tuple(r // 2 for r in reach) if padding == "same" else (0, 0)
-    conv = (_pair(module.stride), _pair(padding), _pair(module.dilation), module.groups)
+    conv = (several(module.stride, 2), several(padding, 2), several(module.dilation, 2), module.groups)
     return Operator(module.weight, module.bias, conv)
 
 
@@ -146,11 +141,11 @@ def _relative_error(like: Tensor) -> float:
 def _average_pool(path: str, module: nn.AvgPool2d, like: Tensor) -> Operator:
     if module.ceil_mode or not module.count_include_pad:
         raise UnsupportedModuleError(f"{at(path)}: AvgPool2d, want ceil_mode=False and count_include_pad=True")
-    kernel, channels = _pair(module.kernel_size), like.shape[1]
+    kernel, channels = several(module.kernel_size, 2), like.shape[1]
     share = 1 / (module.divisor_override or math.prod(kernel))
-    stride = _pair(module.stride or module.kernel_size)
+    stride = several(module.stride or module.kernel_size, 2)
     weight = like.new_full((channels, 1, *kernel), share)
-    return Operator(weight, None, (stride, _pair(module.padding), [1, 1], channels), _relative_error(like))
+    return Operator(weight, None, (stride, several(module.padding, 2), [1, 1], channels), _relative_error(like))
 
 
 def _normalize(path: str, module: Normalize, like: Tensor) -> Operator:

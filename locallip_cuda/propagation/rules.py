@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..norms.linear import Adjoint, Convolution, Dense, Identity, LinearMap, Rearrangement, Scaling, composed
+from ..shapes import several
 
 
 @dataclass
@@ -68,12 +69,6 @@ def rule(*functions: Callable[..., Any]) -> Callable[[AnyRule], AnyRule]:
         return build
 
     return registered
-
-
-def several(value: int | Sequence[int], count: int) -> list[int]:
-    """The ``count`` numbers that torch takes an integer, or a sequence of one, for."""
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * count if len(numbers) == 1 else numbers
 
 
 # ---- weights ----

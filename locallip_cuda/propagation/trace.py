@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layers import at
+
 
 class UntraceableError(RuntimeError):  # not a TypeError, which torch's operators take for "not implemented"
     """A model does with its values what no graph of functions can say; the message names the module's path."""
@@ -181,7 +183,7 @@ class _Recorder:
         for module, own, buffers in self._before:
             for now, before in ((module._buffers, buffers), (module.__dict__, own)):
                 if any(isinstance(value, Value) for value in _leaves(list(now.values()))):
-                    kept = kept or f"{_at(self._paths[id(module)])}: keeps a value of a call for later calls"
+                    kept = kept or f"{at(self._paths[id(module)])}: keeps a value of a call for later calls"
                     now.clear()
                     now.update(before)
         if error is not None and not isinstance(error, UntraceableError) and self._first_error is not None:
@@ -193,11 +195,11 @@ class _Recorder:
                 raise UntraceableError(kept)
             for constant, version, path in self._constants:
                 if constant._version != version:
-                    raise UntraceableError(f"{_at(path)}: takes a tensor that the model writes over afterwards")
+                    raise UntraceableError(f"{at(path)}: takes a tensor that the model writes over afterwards")
 
     def error(self, what: str) -> UntraceableError:
         """The error to raise, where the model stands; it is not lost where the model swallows it."""
-        error = UntraceableError(f"{_at(self.path())}: {what}")
+        error = UntraceableError(f"{at(self.path())}: {what}")
         self._first_error = self._first_error or error
         return error
 
@@ -415,10 +417,6 @@ def _key(item: Any) -> Any:
         bounds = (item.start, item.stop, item.step)
         return slice, *(None if bound is None else operator.index(bound) for bound in bounds)
     return type(item), item if item.__hash__ is not None else repr(item)
-
-
-def _at(path: str) -> str:
-    return f"model.{path}" if path else "model"
 
 
 def _mapped(item: Any, function: Callable[[Any], Any]) -> Any:
