@@ -458,6 +458,7 @@ class Trainer:
     def _interrupt(self, signals: _Signals) -> NoReturn:
         self._finite_means()
         self.save()
+        self.workers.any(False)  # the others wait until process 0 has written it
         raise Interrupted(signals.number or signal.SIGTERM, self.path)
 
     def _look(self, signals: _Signals) -> Evaluation | None:
