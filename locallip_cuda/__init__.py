@@ -10,7 +10,7 @@ from .bounds import LocalBounds, ProvedBounds, global_bounds, local_bounds
 from .build_info import build_info
 from .certify import Certificate, certified_radius, certify
 from .norms.masked_norm import NormBound, masked_norm, masked_norm_bound
-from .propagation.layers import UnsupportedModuleError
+from .propagation.graph import UnsupportedModuleError
 from .propagation.training_norms import TrainingNorms
 
 __all__ = [

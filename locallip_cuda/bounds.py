@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,61 +13,121 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .norms.linear_bound import converged_norm
 from .norms.masked_norm import (
-    ESTIMATE_ITERATIONS,
+    TIGHTNESS,
     check_guarantee,
     check_input,
-    norm_bound,
     stated_failure_probability,
     values_are_at_hand,
 )
 from .norms.operator import described
 from .propagation import agreement
-from .propagation.estimate import GLOBAL_ITERATIONS, Propagation, check_norm
-from .propagation.layers import IDENTITY, OPERATORS, Activation, Leaf, Operator, clean_pass, network
-from .propagation.proof import ProvedPropagation, affine, check_provable, gains
+from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
+from .propagation.estimate import Fact as EstimatedFact
+from .propagation.graph import Graph, joined_radius, lowered, output_classes, traced
+from .propagation.proof import Fact as ProvedFact
+from .propagation.proof import Proof, check_provable, gains, last_weight, term_norm
+from .propagation.proof import affine as proved_affine
+from .propagation.recursion import LayerBound
 from .propagation.training_norms import TrainingNorms
 from .rounding import textbook_products, up
 
 
-@dataclass
+@dataclass(eq=False)
+class LastTerm:
+    """What one fact has in the logits: W features, W the rows of the last layer that it meets.
+
+    Attributes:
+        features, lower, upper: (B, h) clean values, and a box that holds them over the ball.   radius: (B,).
+        weight: (K, h).
+        error, weight_error: (B, h), (K, h): what features and weight of a proof may be off by; None for nothing.
+    """
+
+    features: Tensor
+    lower: Tensor
+    upper: Tensor
+    radius: Tensor
+    weight: Tensor
+    error: Tensor | None = None
+    weight_error: Tensor | None = None
+
+
+@dataclass(eq=False)
 class LocalBounds:
-    """Bounds of one batch, from :func:`local_bounds`. B samples, K classes, h features, L operators with the last one.
+    """Bounds of one batch, from :func:`local_bounds`. B samples, K classes, h features, L - 1 masked norms.
 
     They are a snapshot: what becomes of the model, of x and of eps afterwards changes nothing here.
 
     Attributes:
         logits: (B, K) clean logits.
-        radius: (B,) bound of ||features(x') - features(x)||_2 over the ball.
-        layer_norms: (B, L-1) masked operator norm of every layer but the last, in the order of the network. An estimate
-            is a Ritz value, below the true norm but for rounding; one that all samples share is the global norm's.
-        lipschitz: (B,) their product.
-        features, lower, upper: (B, h) clean input of the last layer, and a box that holds it over the ball.
-        row_masks, column_masks: one bool tensor (B, *output) per layer but the last: pre-activations that can still
-            change the layer's output, and outputs that can vary inside the ball.
-        varying: (B, L-1, 2), int64, how many each of the two leaves.
+        lipschitz: (B,) bound of the map to the last layer's input, from the masked norms: in a chain their product.
         eps: (B,) radius of the ball at the input.
         guarantee: what the bounds are worth; "estimate" proves nothing.
-        last_weight, sparsity_terms, operators, input_masks: what worst_logits, the losses, global_lipschitz and
-            closeness are made of.
+        layers: one record a masked norm, in the order in which the network runs: ``path``, ``norm`` (B,),
+            ``row_mask``, ``input_mask``, ``column_mask``, ``varying``; a layer that adds maps of several values has
+            one for each. A norm of an estimate is a Ritz value, below the true norm but for rounding; one that all
+            samples share is the global norm's.
+        last: one a value that the logits are affine in: features, box, radius, rows of the last layer.
+        sparsity_terms, graph: what the losses and global_lipschitz are made of.
     """
 
     logits: Tensor
-    radius: Tensor
-    layer_norms: Tensor
     lipschitz: Tensor
-    features: Tensor
-    lower: Tensor
-    upper: Tensor
-    row_masks: list[Tensor]
-    column_masks: list[Tensor]
-    varying: Tensor
     eps: Tensor
     guarantee: str
-    last_weight: Tensor
+    layers: list[LayerBound]
+    last: list[LastTerm]
     sparsity_terms: Tensor
-    operators: list[tuple[Operator, list[int]]]
-    input_masks: list[Tensor | None]
+    graph: Graph
+
+    @property
+    def layer_norms(self) -> Tensor:
+        """(B, L-1) those of ``layers``."""
+        norms = [layer.norm for layer in self.layers]
+        return torch.stack(norms, 1) if norms else self.logits.new_ones(len(self.logits), 0)
+
+    @property
+    def row_masks(self) -> list[Tensor]:
+        """One bool tensor (B, *output) a norm: pre-activations that can still change the layer's output."""
+        return [layer.row_mask for layer in self.layers]
+
+    @property
+    def column_masks(self) -> list[Tensor]:
+        """One bool tensor (B, *) a norm: outputs of its layer that can vary inside the ball."""
+        return [layer.column_mask for layer in self.layers]
+
+    @property
+    def varying(self) -> Tensor:
+        """(B, L-1, 2), int64, how many each of the two leaves."""
+        if not self.layers:
+            return self.logits.new_zeros(len(self.logits), 0, 2, dtype=torch.int64)
+        return torch.stack([layer.varying for layer in self.layers], 1)
+
+    @property
+    def radius(self) -> Tensor:
+        """(B,) bound of ||features(x') - features(x)||_2 over the ball."""
+        return joined_radius([t.radius for t in self.last], _identity) if len(self.last) > 1 else self.last[0].radius
+
+    @property
+    def features(self) -> Tensor:
+        """(B, h) clean input of the last layer; of several values one behind the other, here and below."""
+        return _together([t.features for t in self.last])
+
+    @property
+    def lower(self) -> Tensor:
+        """(B, h): with ``upper`` a box that holds the features over the ball."""
+        return _together([t.lower for t in self.last])
+
+    @property
+    def upper(self) -> Tensor:
+        """(B, h)."""
+        return _together([t.upper for t in self.last])
+
+    @property
+    def last_weight(self) -> Tensor:
+        """(K, h) weight of the last layer; the identity where the network ends in an activation."""
+        return _together([t.weight for t in self.last])
 
     @cached_property
     def closeness(self) -> Tensor:
@@ -75,25 +135,21 @@ class LocalBounds:
 
         In training a norm from few iterations is below the true one, and a network trained against it learns to hide
         from it: its masked top singular vectors turn away from where the iteration starts. This shows how much it
-        hides, on its own batches and masks. ``closeness.prod(1)`` is the closeness of ``lipschitz``. Above 1 is only a
-        norm that all samples share (:class:`locallip_cuda.TrainingNorms`).
+        hides, on its own batches and masks. ``closeness.prod(1)`` is, in a chain, the closeness of ``lipschitz``. Above
+        1 is only a norm that all samples share (:class:`locallip_cuda.TrainingNorms`).
         """
         ratios = []
-        for layer, (operator, sizes) in enumerate(self.operators):
-            masks, shape = (self.row_masks[layer], self.input_masks[layer]), [len(self.eps), *sizes]
-            _, converged = norm_bound(operator.weight, *masks, shape, operator.geometry, "estimate", 1.0)
-            ratios.append(self.layer_norms[:, layer].detach().double() / converged)
+        for layer in self.layers:
+            converged = converged_norm(layer.linear, layer.row_mask, layer.input_mask, len(self.eps))
+            ratios.append(layer.norm.detach().double() / converged)
         return torch.stack(ratios, 1).nan_to_num(nan=1.0) if ratios else self.layer_norms.detach().double()
 
     @cached_property
     def global_lipschitz(self) -> Tensor:
-        """() product of the global (unmasked) operator norms of every layer but the last; an estimate."""
+        """() ``lipschitz`` by the global (unmasked) operator norms; an estimate."""
         with torch.no_grad():
-            norms = [
-                operator.norm(None, None, [1, *sizes], None, ESTIMATE_ITERATIONS)[0]
-                for operator, sizes in self.operators
-            ]
-            return torch.cat([*norms, self.radius.new_ones(1)]).prod()
+            norms = [converged_norm(layer.linear, None, None, 1).to(self.logits.dtype) for layer in self.layers]
+            return _lipschitz(self.graph, norms, self.logits.new_ones(1), _identity)[0][0]
 
     @property
     def sparsity_loss(self) -> Tensor:
@@ -114,7 +170,10 @@ class LocalBounds:
             y: (B,) int64 labels in [0, K).
         """
         self.check_labels(y)
-        return self.logits + ops.margin(self.features, self.lower, self.upper, self.radius, self.last_weight, y)
+        worst = self.logits
+        for t in self.last:
+            worst = worst + ops.margin(t.features, t.lower, t.upper, t.radius, t.weight, y)
+        return worst
 
     def _check_classes(self) -> None:
         if self.logits.shape[1] < 2:
@@ -142,7 +201,7 @@ class LocalBounds:
         return own - worst.scatter(1, y.unsqueeze(1), -math.inf).amax(1)
 
 
-@dataclass
+@dataclass(eq=False)
 class ProvedBounds(LocalBounds):
     """Bounds that are proved, under guarantee "probabilistic" or "deterministic"; float64, without gradients.
 
@@ -151,31 +210,35 @@ class ProvedBounds(LocalBounds):
     logit y an upper bound of how much each logit can exceed logit y.
 
     Attributes:
-        feature_error, logit_error: (B, h), (B, K) how far the real clean values may be from ``features``, ``logits``.
+        logit_error: (B, K) how far the real clean values may be from ``logits``.
         failure_probability: that the statement on one sample is wrong: 0 under the deterministic guarantee; 1 with a
             seed.
         seed: of the random vectors, if one was given; it voids the probabilistic guarantee.
         share: of the failure probability, for each norm of global_lipschitz.
     """
 
-    feature_error: Tensor
     logit_error: Tensor
     failure_probability: float
     seed: int | None
     share: float
 
+    @property
+    def feature_error(self) -> Tensor:
+        """(B, h) how far the real clean values may be from ``features``."""
+        return _together([torch.zeros_like(t.features) if t.error is None else t.error for t in self.last])
+
+    @property
+    def radius(self) -> Tensor:
+        return joined_radius([t.radius for t in self.last], up) if len(self.last) > 1 else self.last[0].radius
+
     @cached_property
     def global_lipschitz(self) -> Tensor:
-        """() product of the global operator norms of every layer but the last, under the same guarantee."""
-        product = self.radius.new_ones(())
-        with textbook_products(product.device.type):
-            for operator, sizes in self.operators:
-                shape, geometry = [1, *sizes], operator.geometry
-                norm, _ = norm_bound(
-                    operator.weight, None, None, shape, geometry, self.guarantee, self.share, seed=self.seed
-                )
-                product = up(up(product * norm[0]) * (1 + operator.relative_error))
-        return product
+        """() ``lipschitz`` by the global operator norms, under the same guarantee."""
+        one = self.logits.new_ones(1)
+        with torch.no_grad(), textbook_products(one.device.type):
+            more = (None, None, 1, self.guarantee, self.share, TIGHTNESS, self.seed)
+            norms = [term_norm(term.path, term, *more) for term in self.graph.operators]
+            return _lipschitz(self.graph, norms, one, up)[0][0]
 
     @torch.no_grad()
     def worst_logits(self, y: Tensor) -> Tensor:
@@ -193,10 +256,34 @@ class ProvedBounds(LocalBounds):
     def _excess(self, y: Tensor) -> Tensor:
         """(B, K) at least logit j minus logit y, anywhere in the ball."""
         with textbook_products(y.device.type):
-            gain = gains(self.features, self.feature_error, self.lower, self.upper, self.radius, self.last_weight, y)
+            gain = torch.zeros_like(self.logits)
+            for t in self.last:
+                error = torch.zeros_like(t.features) if t.error is None else t.error
+                found = gains(t.features, error, t.lower, t.upper, t.radius, t.weight, y, t.weight_error)
+                gain = found if len(self.last) == 1 else up(gain + found)
         label = y.unsqueeze(1)
         excess = up(up(self.logits - self.logits.gather(1, label)) + gain)
         return up(excess + up(self.logit_error + self.logit_error.gather(1, label)))
+
+
+def _identity(t: Tensor) -> Tensor:
+    return t
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _lipschitz(
+    graph: Graph, norms: Sequence[Tensor], one: Tensor, rounded: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """(B,) of the map to the head's facts together, and to each."""
+    if graph.is_chain and norms and rounded is _identity:
+        own = [torch.stack([norm.expand_as(one) for norm in norms], 1).prod(1)]
+    else:
+        found = graph.radii(one, norms, rounded)
+        own = [found[term.source] for term in graph.head.terms]
+    return own[0] if len(own) == 1 else joined_radius(own, rounded), own
 
 
 def _is_label(logits: Tensor, y: Tensor) -> Tensor:
@@ -217,14 +304,14 @@ def _check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
 
 
-def _check_norms(norms: TrainingNorms, hidden: Sequence[Leaf], guarantee: str = "estimate") -> None:
+def _check_norms(norms: TrainingNorms, graph: Graph, guarantee: str = "estimate") -> None:
     if not isinstance(norms, TrainingNorms):
         raise TypeError(f"norms: got {described(norms)}, want a locallip_cuda.TrainingNorms or None")
     if guarantee != "estimate":
         raise ValueError(f"norms: got some under guarantee {guarantee!r}, want None: they prove nothing")
-    layers = sum(leaf.kind in OPERATORS for leaf in hidden)
-    if len(norms.iterations) != layers:
-        raise ValueError(f"norms: got those of {len(norms.iterations)} layers, want model's {layers}")
+    operators = len(graph.operators)
+    if len(norms.iterations) != operators:
+        raise ValueError(f"norms: got those of {len(norms.iterations)} operators, want model's {operators}")
 
 
 def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
@@ -251,7 +338,7 @@ def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
 
 
 def local_bounds(
-    model: nn.Sequential,
+    model: nn.Module,
     x: Tensor,
     eps: float | Tensor,
     *,
@@ -271,8 +358,9 @@ def local_bounds(
     a box (interval arithmetic) with a ball: clean value +- radius * norm of the surviving part of each row.
 
     Args:
-        model: Sequential of supported modules that ends in Linear. Bounds are of what ``model(x)`` computes: one that
-            may compute something else than its classes, by a ``forward`` of its own or a hook, is an error.
+        model: any module that returns (B, K) by functions that have bounds; docs/networks.md lists them. It is run on
+            a tensor without numbers to see which: what has bounds is what ``model(x)`` computes, with an overridden
+            ``forward``, hooks, parametrised weights, a module used twice.
         x: (B, *input), float32 or float64 as the model's weights. B = 0 gives empty bounds.
         eps: radius of the ball, a number or (B,), >= 0.
         radius: "local" takes each layer's masked norm into the radius at once; "global" is the paper's: the radius
@@ -299,33 +387,34 @@ def local_bounds(
         raise ValueError(f"radius: got {radius!r}, want 'local' or 'global'")
     _check_iterations(iterations)
     check_input(x)
-    modules = network(model)
-    *hidden, last = modules
-    if norms is not None:
-        _check_norms(norms, hidden, guarantee)
-        assert isinstance(last.module, nn.Linear)
-        _check_labels(y, len(x), last.module.weight.shape[0])
-    radii = _radius_of_input(eps, x if guarantee == "estimate" else x.double())
+    trace = traced(model, x)
+    classes = output_classes(trace)
     if guarantee == "estimate":
-        propagation = Propagation(x, radii, radius, iterations, norms, y)
-        _pass(hidden, propagation)
-        estimated = _estimated(propagation, last)
+        graph = lowered(trace, x.dtype)
+        if norms is not None:
+            _check_norms(norms, graph, guarantee)
+            _check_labels(y, len(x), classes)
+        radii = _radius_of_input(eps, x)
+        estimate = Estimate(radius, iterations, norms, y)
+        estimated = _estimated(graph, estimate, estimate.run(graph, x, radii), radii)
         if agreement.is_due(model, x, proof=False):
-            agreement.check(model, modules, x, estimated.logits)
+            agreement.check(model, trace, x, estimated.logits)
         return estimated
-    check_provable(modules)
     with torch.no_grad(), textbook_products(x.device.type):
-        count = sum(leaf.kind in OPERATORS for leaf in hidden)
-        proved = ProvedPropagation(x, radii, radius, guarantee, failure_probability, seed, count)
-        _pass(hidden, proved)
-        bounds = _proved(proved, last, failure_probability)
+        graph = lowered(trace, torch.float64, proof=True)
+        check_provable(model, trace, graph)
+        if norms is not None:
+            _check_norms(norms, graph, guarantee)
+        radii = _radius_of_input(eps, x.double())
+        proof = Proof(radius, guarantee, failure_probability, seed, len(graph.operators))
+        bounds = _proved(graph, proof, proof.run(graph, x, radii), radii, failure_probability)
         if agreement.is_due(model, x, proof=True):
-            agreement.check(model, modules, x, bounds.logits)
+            agreement.check(model, trace, x, bounds.logits)
         return bounds
 
 
 def global_bounds(
-    model: nn.Sequential,
+    model: nn.Module,
     x: Tensor,
     eps: float | Tensor,
     *,
@@ -344,143 +433,73 @@ def global_bounds(
     """
     _check_iterations(iterations)
     check_input(x)
-    modules = network(model)
+    trace = traced(model, x)
+    output_classes(trace)
+    graph = lowered(trace, x.dtype)
     if norms is not None:
-        _check_norms(norms, modules[:-1])
+        _check_norms(norms, graph)
     radii = _radius_of_input(eps, x)
-    operators: list[tuple[Operator, list[int]]] = []
-    masks: list[Tensor] = []
-    found: list[Tensor] = []
-    *hidden, (head, features, logits) = clean_pass(modules, x)
-    for leaf, (step, value, output) in zip(modules, hidden, strict=False):
-        if not isinstance(step, Operator):
-            continue
-        sizes = list(value.shape[1:])
-        if norms is None:
-            norm = step.norm(None, None, [1, *sizes], None, iterations)[0]
-        else:
-            norm = norms.shared_norm(len(found), step, sizes)
-        check_norm(leaf.path, norm)
-        found.append(norm.expand(len(x)))
-        masks.append(torch.ones_like(output, dtype=torch.bool))
-        operators.append((step.snapshot(), sizes))
-    assert isinstance(head, Operator)
+    plain = Global(iterations, norms)
+    bounds = _estimated(graph, plain, plain.run(graph, x, radii), radii)
     if agreement.is_due(model, x, proof=False):
-        agreement.check(model, modules, x, logits)
-    layer_norms = torch.stack(found, 1) if found else features.new_ones(len(x), 0)
-    lipschitz = layer_norms.prod(1)
-    radius = radii * lipschitz
+        agreement.check(model, trace, x, bounds.logits)
+    return bounds
+
+
+def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps: Tensor) -> LocalBounds:
+    head, last = graph.head, []
+    radii = [fact.radius for fact in facts]
+    norms = [layer.norm for layer in done.layers]
+    lipschitz, own = _lipschitz(graph, norms, torch.ones_like(eps), _identity)
+    if not done.local:
+        radii = [eps * each for each in own]
+    logits: Tensor | None = None
+    for term, fact, radius in zip(head.terms, facts, radii, strict=True):
+        features, centre, half_width = box_of(fact)
+        part = affine(term.linear, features, head.bias if logits is None else None)
+        logits = part if logits is None else logits + part
+        box = (features, centre - half_width, centre + half_width)
+        last.append(LastTerm(*(t.flatten(1) for t in box), radius, term.linear.dense().clone()))
+    assert logits is not None
+    none = [logits.new_zeros(2)]
     return LocalBounds(
         logits=logits,
-        radius=radius,
-        layer_norms=layer_norms,
         lipschitz=lipschitz,
-        features=features.clone(),
-        lower=features - radius.unsqueeze(1),
-        upper=features + radius.unsqueeze(1),
-        row_masks=masks,
-        column_masks=masks,
-        varying=_stacked([_counts(mask, mask) for mask in masks], features),
-        eps=radii,
+        eps=eps,
         guarantee="estimate",
-        last_weight=head.weight.clone(),
-        sparsity_terms=features.new_zeros(1, 2),
-        operators=operators,
-        input_masks=[None] * len(found),
-    )
-
-
-def _pass(hidden: list[Leaf], propagation: Propagation | ProvedPropagation) -> None:
-    pending: tuple[str, Operator] | None = None  # until it is known what activation follows
-    for leaf in hidden:
-        if pending is not None and leaf.kind in OPERATORS:
-            propagation.pass_layer(*pending, IDENTITY)
-            pending = None
-        layer = leaf.step(propagation.values)
-        if isinstance(layer, Operator):
-            pending = (leaf.path, layer)
-        elif isinstance(layer, Activation):
-            operator_path, operator = pending or (leaf.path, None)
-            propagation.pass_layer(operator_path, operator, layer)
-            pending = None
-        elif layer is not None:
-            if pending is not None:
-                propagation.pass_layer(*pending, IDENTITY)
-                pending = None
-            propagation.flatten()
-    if pending is not None:
-        propagation.pass_layer(*pending, IDENTITY)
-
-
-def _operator(last: Leaf, like: Tensor) -> Operator:
-    head = last.step(like)
-    assert isinstance(head, Operator)
-    return head
-
-
-def _estimated(done: Propagation, last: Leaf) -> LocalBounds:
-    head = _operator(last, done.values)
-    head.check_input(last.path, done.values)
-    features, centre = done.values[: done.batch], done.values[done.values.shape[0] - done.batch :]
-    half_width = done.eps.unsqueeze(1) if done.half_width is None else done.half_width
-    layer_norms = torch.stack(done.norms, 1) if done.norms else features.new_ones(done.batch, 0)
-    lipschitz = layer_norms.prod(1)
-    none = [features.new_zeros(2)]
-    return LocalBounds(
-        logits=head(features, head.weight, head.bias),
-        radius=done.reach if done.local else done.eps * lipschitz,
-        layer_norms=layer_norms,
-        lipschitz=lipschitz,
-        features=features,
-        lower=centre - half_width,
-        upper=centre + half_width,
-        row_masks=done.row_masks,
-        column_masks=done.column_masks,
-        varying=_stacked(done.varying, features),
-        eps=done.eps,
-        guarantee="estimate",
-        last_weight=head.weight.clone(),
+        layers=done.layers,
+        last=last,
         sparsity_terms=torch.stack(done.sparsity_terms or none),
-        operators=done.operators,
-        input_masks=done.input_masks,
+        graph=graph,
     )
 
 
-def _counts(row_mask: Tensor, column_mask: Tensor) -> Tensor:
-    return torch.stack([row_mask.flatten(1).sum(1), column_mask.flatten(1).sum(1)], 1)
-
-
-def _stacked(counts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(counts, 1) if counts else like.new_zeros(like.shape[0], 0, 2, dtype=torch.int64)
-
-
-def _proved(done: ProvedPropagation, last: Leaf, failure_probability: float) -> ProvedBounds:
-    head = done.exact(last.path, _operator(last, done.values))
-    logits, logit_error = affine(head, done.values, done.error)
-    lipschitz = torch.ones_like(done.eps)
-    for norm in done.norms:
-        lipschitz = up(lipschitz * norm)
-    lower, upper = done.box()
+def _proved(
+    graph: Graph, done: Proof, facts: Sequence[ProvedFact], eps: Tensor, failure_probability: float
+) -> ProvedBounds:
+    head, last = graph.head, []
+    radii = [fact.radius for fact in facts]
+    norms = [layer.norm for layer in done.layers]
+    lipschitz, own = _lipschitz(graph, norms, torch.ones_like(eps), up)
+    if not done.local:
+        radii = [up(eps * each) for each in own]
+    logits, logit_error = proved_affine(head.terms, head, [(fact.values, fact.error) for fact in facts])
+    for term, fact, radius in zip(head.terms, facts, radii, strict=True):
+        lower, upper = fact.end_points()
+        weight, weight_error = last_weight(term)
+        values = (t.flatten(1) for t in (fact.values, lower, upper))
+        last.append(LastTerm(*values, radius, weight.clone(), fact.error.flatten(1), weight_error))
     return ProvedBounds(
         logits=logits,
-        radius=done.reach if done.local else up(done.eps * lipschitz),
-        layer_norms=torch.stack(done.norms, 1) if done.norms else logits.new_ones(done.batch, 0),
         lipschitz=lipschitz,
-        features=done.values,
-        lower=lower,
-        upper=upper,
-        row_masks=done.row_masks,
-        column_masks=done.column_masks,
-        varying=_stacked([_counts(*masks) for masks in zip(done.row_masks, done.column_masks, strict=True)], logits),
-        eps=done.eps,
+        eps=eps,
         guarantee=done.guarantee,
-        last_weight=head.weight,
+        layers=done.layers,
+        last=last,
         sparsity_terms=torch.stack(done.sparsity_terms or [logits.new_zeros(2)]),
-        operators=done.operators,
-        input_masks=done.input_masks,
-        feature_error=done.error,
+        graph=graph,
         logit_error=logit_error,
         failure_probability=stated_failure_probability(done.guarantee, failure_probability, done.seed),
         seed=done.seed,
-        share=failure_probability / max(len(done.operators), 1),
+        share=failure_probability / max(len(norms), 1),
     )

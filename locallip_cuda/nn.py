@@ -13,8 +13,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = ["ClippedMaxMin", "ClippedReLU", "MaxMin", "Normalize", "project_thresholds_"]
+__all__ = [
+    "ClippedMaxMin",
+    "ClippedReLU",
+    "MaxMin",
+    "Normalize",
+    "clipped_maxmin",
+    "clipped_relu",
+    "maxmin",
+    "project_thresholds_",
+]
 
 
 def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -53,6 +63,35 @@ def halves(module: str, z: Tensor) -> tuple[Tensor, Tensor]:
     return z[:, :half], z[:, half:]
 
 
+def clipped_relu(z: Tensor, threshold: Tensor) -> Tensor:
+    """min(max(z, 0), threshold): z (B, *shape), threshold (1, *shape), >= 0."""
+    if has_torch_function((z, threshold)):
+        return handle_torch_function(clipped_relu, (z, threshold), z, threshold)  # type: ignore[no-any-return]
+    return torch.minimum(torch.relu(z), threshold)
+
+
+def maxmin(z: Tensor) -> Tensor:
+    """cat([max(a, b), min(a, b)], 1) for the halves a, b of the channels of z (B, C, ...), C even."""
+    if has_torch_function((z,)):
+        return handle_torch_function(maxmin, (z,), z)  # type: ignore[no-any-return]
+    a, b = halves("MaxMin", z)
+    return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
+
+
+def clipped_maxmin(z: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    """cat([min(max(a, b), upper), max(min(a, b), lower)], 1) for the halves a, b of the channels of z (B, C, ...).
+
+    upper, lower: (1, C/2, ...), upper >= lower.
+    """
+    if has_torch_function((z, upper, lower)):
+        tensors = (z, upper, lower)
+        return handle_torch_function(clipped_maxmin, tensors, z, upper=upper, lower=lower)  # type: ignore[no-any-return]
+    a, b = halves("ClippedMaxMin", z)
+    high = torch.minimum(torch.maximum(a, b), upper)
+    low = torch.maximum(torch.minimum(a, b), lower)
+    return torch.cat([high, low], dim=1)
+
+
 class ClippedReLU(nn.Module):
     """min(max(z, 0), threshold), with a learnable threshold >= 0 for each unit.
 
@@ -78,7 +117,7 @@ class ClippedReLU(nn.Module):
                 f"ClippedReLU has thresholds for (B, {', '.join(map(str, self.threshold.shape[1:]))}), "
                 f"got an input of shape {tuple(z.shape)}"
             )
-        return torch.minimum(torch.relu(z), self.threshold)
+        return clipped_relu(z, self.threshold)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.threshold.shape[1:])}"
@@ -92,8 +131,7 @@ class MaxMin(nn.Module):
     """
 
     def forward(self, z: Tensor) -> Tensor:
-        a, b = halves("MaxMin", z)
-        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
+        return maxmin(z)
 
 
 class ClippedMaxMin(nn.Module):
@@ -118,14 +156,12 @@ class ClippedMaxMin(nn.Module):
         self.lower = nn.Parameter(low)
 
     def forward(self, z: Tensor) -> Tensor:
-        a, b = halves("ClippedMaxMin", z)
+        a, _ = halves("ClippedMaxMin", z)
         if a.shape[1:] != self.upper.shape[1:]:
             half = tuple(self.upper.shape[1:])
             wanted = ", ".join(map(str, (2 * half[0], *half[1:])))
             raise ValueError(f"ClippedMaxMin takes an input (B, {wanted}), got shape {tuple(z.shape)}")
-        high = torch.minimum(torch.maximum(a, b), self.upper)
-        low = torch.maximum(torch.minimum(a, b), self.lower)
-        return torch.cat([high, low], dim=1)
+        return clipped_maxmin(z, self.upper, self.lower)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.upper.shape[1:])}"

@@ -92,7 +92,7 @@ def convolution(
     transposed_to: Sequence[int] | None = None,
 ) -> Tensor:
     """The convolution W x without cuDNN; with ``transposed_to``, the sizes (H, W) of an input, the adjoint W^T x."""
-    rest = [0, 0]  # what a stride leaves over at the far border
+    rest = [0] * len(stride)  # what a stride leaves over at the far border
     if transposed_to is not None:
         sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         rest = [n - transposed_size(*of_axis) for n, of_axis in zip(transposed_to, sizes, strict=True)]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallip_cuda.propagation.rules import RULES, Affine, Elementwise, Site
+from locallip_cuda.propagation.rules import RULES, Affine, Activation, Site
 from locallip_cuda.propagation.trace import Node, Trace
 
 
@@ -30,7 +30,7 @@ def only_node(function: Callable[[Tensor], Any], sizes: list[int], batch: int) -
     return node, trace
 
 
-def rule_of(function: Callable[[Tensor], Any], sizes: list[int], batch: int = 3) -> Affine | Elementwise:
+def rule_of(function: Callable[[Tensor], Any], sizes: list[int], batch: int = 3) -> Affine | Activation:
     node, _ = only_node(function, sizes, batch)
     site = Site(sizes, list(node.shape[1:]), torch.empty(0, dtype=torch.float64))
     return RULES[node.function](site, *node.args, **node.kwargs)  # type: ignore[index]
@@ -142,7 +142,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_activations(name: str) -> None:
     """The constant is at least every slope and hardly above the largest; the interval holds, and is tight."""
     found = rule_of(ACTIVATIONS[name], [4])
-    assert isinstance(found, Elementwise)
+    assert isinstance(found, Activation)
     grid = torch.linspace(-12, 12, 2**18, dtype=torch.float64).view(-1, 4)
     values = ACTIVATIONS[name](grid).detach()
     assert torch.equal(found.function(grid).detach(), values)

@@ -17,7 +17,7 @@ import torch
 
 from ..build_info import build_info
 from ..norms.masked_norm import GUARANTEES, check_guarantee
-from ..propagation.layers import UnsupportedModuleError
+from ..propagation.graph import UnsupportedModuleError
 from . import data, evaluation, models, report, training
 from .checkpoint import CheckpointError
 from .distributed import Workers

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..attack import pgd
 from ..bounds import LocalBounds, local_bounds
 from ..norms.masked_norm import check_guarantee, stated_failure_probability
-from ..propagation.layers import leaves
+from ..propagation.graph import lowered, traced
 from ..propagation.proof import check_provable
 from .data import Dataset
 from .journal import Journal
@@ -268,14 +268,12 @@ def measure(
         check_guarantee(guarantee, failure_probability)
     proofs = [guarantee for guarantee in guarantees if guarantee != "estimate"]
     model.eval()
-    modules = leaves(model)
-    last = modules[-1].module if modules else None
-    if not isinstance(last, nn.Linear):
-        raise TypeError(f"model ends in {type(last).__name__}; it must end in a Linear layer")
-    if proofs:
-        check_provable(modules)
     device = next(model.parameters()).device
     dataset = dataset[:limit]
+    one, _ = dataset.batch(torch.arange(1), device)
+    trace = traced(model, one)
+    if proofs:
+        check_provable(model, trace, lowered(trace, torch.float64))
     count, seconds = len(dataset), journal.seconds
     with tqdm(total=count, unit="sample", leave=False, disable=quiet, dynamic_ncols=True) as bar:
         examine = _Examiner(
@@ -300,11 +298,10 @@ def measure(
             bar.update(len(indices))
     with torch.no_grad():
         started = time.perf_counter()
-        x, _ = dataset.batch(torch.arange(1), device)
-        first_bounds = local_bounds(model, x, eps, radius=radius, iterations=iterations)
+        first_bounds = local_bounds(model, one, eps, radius=radius, iterations=iterations)
         lipschitz_global = float(first_bounds.global_lipschitz)
         seconds["global bound"] = time.perf_counter() - started
-    return _summary(journal, count, eps, proofs, failure_probability, proof_seed, last.weight, lipschitz_global)
+    return _summary(journal, count, eps, proofs, failure_probability, proof_seed, first_bounds.last_weight, lipschitz_global)
 
 
 def _summary(

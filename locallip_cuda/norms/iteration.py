@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.reference import NOISE, pseudo_random
-from .linear import Adjoint, Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Scaling
-from .operator import Geometry, planar
+from .linear import Adjoint, Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Scaling, without_ends
 
 
 def iterated_norm(
@@ -55,11 +54,7 @@ def _of_kernel(
     start: Tensor | None,
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight, inner, outer = linear.weight, linear.input_sizes, linear.output_sizes
-    geometry: Geometry = ([1, 1], [0, 0], [1, 1], 1)
-    if isinstance(linear, Convolution):
-        own = (linear.stride, linear.padding, linear.dilation, linear.groups)
-        weight, inner, outer, geometry = planar(weight, inner, outer, own)
+    weight, inner, outer, geometry = linear.planar()
 
     def laid_out(t: Tensor | None, sizes: list[int]) -> Tensor | None:
         return None if t is None else t.reshape(len(t), *sizes)
@@ -80,33 +75,12 @@ def _of_composed(
     linear: Composed, rows: Tensor | None, columns: Tensor | None, batch: int, start: Tensor | None, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without the rearrangements at its ends where they do nothing but move the masks."""
-    first, last = linear.maps[0], linear.maps[-1]
-    if isinstance(first, Rearrangement) and first.injective:  # the inputs that it leaves out go
-        rest = linear.maps[1:]
-        inner = Composed(rest) if len(rest) > 1 else rest[0]
-        kept = None if columns is None else _moved(columns, first)
-        if not first.bijective:  # its zeros are columns that are not there
-            ones = torch.ones(1, *first.input_sizes, dtype=torch.bool, device=linear.like.device)
-            there = _moved(ones, first).expand(batch, *first.output_sizes)
-            kept = there if kept is None else kept & there
-        moved = None if start is None else first(start)
-        sigma, right, left = iterated_norm(inner, rows, kept, batch, moved, iterations)
-        return sigma, first.adjoint(right), left
-    if isinstance(last, Rearrangement) and last.injective:
-        rest = linear.maps[:-1]
-        inner = Composed(rest) if len(rest) > 1 else rest[0]
-        kept = None
-        if rows is not None or not last.bijective:  # outputs that it leaves out are rows that are not there
-            like = linear.like
-            chosen = torch.ones(batch, *last.output_sizes, dtype=like.dtype, device=like.device)
-            kept = last.adjoint(chosen if rows is None else chosen * rows) > 0
-        sigma, right, left = iterated_norm(inner, kept, columns, batch, start, iterations)
-        return sigma, right, last(left)
-    return _of_any(linear, rows, columns, batch, start, iterations)
-
-
-def _moved(mask: Tensor, rearrangement: Rearrangement) -> Tensor:
-    return rearrangement(mask.to(rearrangement.like.dtype)) > 0
+    inner, rows, columns, first, last = without_ends(linear, rows, columns, batch)
+    if first is None and last is None:
+        return _of_any(linear, rows, columns, batch, start, iterations)
+    moved = start if start is None or first is None else first(start)
+    sigma, right, left = iterated_norm(inner, rows, columns, batch, moved, iterations)
+    return sigma, right if first is None else first.adjoint(right), left if last is None else last(left)
 
 
 def _of_diagonal(

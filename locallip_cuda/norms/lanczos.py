@@ -36,6 +36,7 @@ import math
 import random
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from torch import Tensor
 
 from .. import ops
 from ..rounding import TINY, UNIT, convolution, exponent_of, gamma, power_of_two, rescaled, up
+from .linear import LinearMap
 
 LEAST_MISS = 1e-5
 KEY_BITS = 128
@@ -52,6 +54,18 @@ UNDERFLOW = 2.0**-80
 
 # Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, on a GPU enough to fill it.
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
+
+
+@dataclass
+class _Operator:
+    """What a run needs of A, in float64: its products, how many roundings each of theirs takes, sizes of an input."""
+
+    apply: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+    terms: int
+    adjoint_terms: int
+    sizes: list[int]
+    device: torch.device
 
 
 def _apply(weight: Tensor, x: Tensor, conv: tuple[Sequence[int], Sequence[int], Sequence[int], int]) -> Tensor:
@@ -100,6 +114,25 @@ def absolute_norms(
     return torch.where((row_sums > 0) & (col_sums > 0), norms, 0).expand(input_shape[0])
 
 
+def absolute_norms_of(linear: LinearMap, row_mask: Tensor | None, col_mask: Tensor | None, batch: int) -> Tensor:
+    """:func:`absolute_norms` of a map in float64, (batch,); infinite where products of its parts overflow.
+
+    Not 0 where products of small entries underflow: each product is some TINY larger.
+    """
+    size, like = linear.absolute(), linear.like
+
+    def largest(product: Callable[[Tensor], Tensor], mask: Tensor | None, sizes: list[int], of: Tensor | None) -> Tensor:
+        ones = like.new_ones(1, *sizes) if mask is None else mask.to(like.dtype)
+        sums = product(ones)
+        return (sums if of is None else torch.where(of, sums, 0)).flatten(1).amax(1)
+
+    row_sums = largest(size, col_mask, linear.input_sizes, row_mask)
+    col_sums = largest(size.adjoint, row_mask, linear.output_sizes, col_mask)
+    growth = 1 + gamma(linear.terms + linear.adjoint_terms + 8)
+    norms: Tensor = up(up(row_sums + UNDERFLOW).sqrt() * up(col_sums + UNDERFLOW).sqrt() * growth)
+    return norms.nan_to_num(nan=math.inf, posinf=math.inf).expand(batch)
+
+
 def _enough_steps(level: float, tightness: float) -> int:
     """Steps after which a Chebyshev polynomial has amplified an overlap of ``level`` past all else."""
     gap = (1 + tightness) ** 2 - 1
@@ -143,57 +176,109 @@ def probable_norms(
     swamps them; these get a wider bound. The keys of the random vectors come from the operating system, or follow from
     ``seed``, for repetition: then nothing is promised against whoever knew it.
     """
-    check_entropy(failure_probability)
-    randbits = secrets.randbits if seed is None else random.Random(seed).getrandbits
     conv = (stride, padding, dilation, groups)
     absolute = absolute_norms(weight, row_mask, col_mask, input_shape, *conv)
+    operator = _Operator(
+        lambda x: _apply(weight, x, conv),
+        lambda z: _apply_transposed(weight, z, input_shape[1:], conv),
+        weight[0].numel(),
+        weight[:, 0].numel() * groups,
+        list(input_shape[1:]),
+        weight.device,
+    )
+    units = max(math.prod(input_shape[1:]), weight.shape[0] * math.prod(input_shape[2:]))
+    return _in_chunks(operator, row_mask, col_mask, absolute, units, failure_probability, tightness, seed)
+
+
+def probable_norms_of(
+    linear: LinearMap,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    absolute: Tensor,
+    failure_probability: float,
+    tightness: float,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`probable_norms` of a map in float64, whose :func:`absolute_norms_of` are ``absolute``.
+
+    Where sizes are so far apart that a product between its parts might underflow, ``upper`` is ``absolute``: parts with
+    no entry but 0 outside [2^-100, 2^100], at most six of them, and a norm of 2^-150 or more leave an underflow of less
+    than UNDERFLOW of the norm.
+    """
+    operator = _Operator(
+        linear, linear.adjoint, linear.terms, linear.adjoint_terms, linear.input_sizes, linear.like.device
+    )
+    units = max(math.prod(linear.input_sizes), math.prod(linear.output_sizes))
+    if not _is_of_even_size(linear):
+        return absolute.clone(), torch.zeros_like(absolute)
+    in_range = (absolute >= 2.0**-150) & absolute.isfinite()
+    scale = torch.where(in_range, absolute, 0)
+    upper, estimate = _in_chunks(operator, row_mask, col_mask, scale, units, failure_probability, tightness, seed)
+    return torch.where(in_range, upper, absolute), estimate
+
+
+def _is_of_even_size(linear: LinearMap) -> bool:
+    entries = [part.abs() for part in linear.weights()]
+    ranges = [part[part != 0] for part in entries]
+    return len(ranges) <= 6 and all(bool(((part >= 2.0**-100) & (part <= 2.0**100)).all()) for part in ranges)
+
+
+def _in_chunks(
+    operator: _Operator,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    absolute: Tensor,
+    units: int,
+    failure_probability: float,
+    tightness: float,
+    seed: int | None,
+) -> tuple[Tensor, Tensor]:
+    check_entropy(failure_probability)
+    randbits = secrets.randbits if seed is None else random.Random(seed).getrandbits
     upper, estimate = absolute.clone(), torch.zeros_like(absolute)
     alive = (absolute > 0).nonzero()[:, 0]
     starts = max(math.ceil(math.log(failure_probability) / math.log(LEAST_MISS)), 1)
-    units = starts * max(math.prod(input_shape[1:]), weight.shape[0] * math.prod(input_shape[2:]))
-    for part in torch.split(alive, max(CHUNK[weight.device.type] // units, 1)) if len(alive) else ():
+    for part in torch.split(alive, max(CHUNK[operator.device.type] // (starts * units), 1)) if len(alive) else ():
         rows, cols = (None if mask is None else mask[part] for mask in (row_mask, col_mask))
-        shape = [len(part), *input_shape[1:]]
         found = _bounds_of_chunk(
-            weight, rows, cols, shape, conv, absolute[part], starts, failure_probability, tightness, randbits
+            operator, rows, cols, absolute[part], starts, failure_probability, tightness, randbits
         )
         upper[part], estimate[part] = torch.minimum(upper[part], found[0]), found[1]
     return upper, estimate
 
 
 def _bounds_of_chunk(
-    weight: Tensor,
+    operator: _Operator,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
-    input_shape: Sequence[int],
-    conv: tuple[Sequence[int], Sequence[int], Sequence[int], int],
     absolute: Tensor,
     starts: int,
     failure_probability: float,
     tightness: float,
     randbits: Callable[[int], int],
 ) -> tuple[Tensor, Tensor]:
-    batch, sizes = len(absolute), input_shape[1:]
+    batch, sizes = len(absolute), operator.sizes
 
-    def column(t: Tensor) -> Tensor:
-        return t.view(-1, *[1] * len(sizes))
+    def column(t: Tensor, like: Tensor | None = None) -> Tensor:
+        return t.view(-1, *[1] * (len(sizes) if like is None else like.dim() - 1))
 
     exponent = exponent_of(absolute).clamp_min(-900)
     power = power_of_two(-exponent)
     # the state of the runs: (samples * starts, *), the starts of one sample next to each other
-    rows = column(power) if row_mask is None else row_mask * column(power)
+    rows = power if row_mask is None else row_mask * column(power, row_mask)
     cols = column(power) if col_mask is None else col_mask * column(power)
     rows, cols = rows.repeat_interleave(starts, 0), cols.repeat_interleave(starts, 0)
-    q = _gaussian(starts * batch, math.prod(sizes), randbits).to(weight.device).view(-1, *sizes)
-    if weight.dim() == 4:
-        q, rows, cols = (t.contiguous(memory_format=torch.channels_last) for t in (q, rows, cols))
+    q = _gaussian(starts * batch, math.prod(sizes), randbits).to(operator.device).view(-1, *sizes)
+    q, rows, cols = (
+        t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in (q, rows, cols)
+    )
     q = q if col_mask is None else torch.where(cols != 0, q, 0)
     length = q.flatten(1).norm(dim=1)
     q = q / column(length)
     before = torch.zeros_like(q)
 
     level = math.sqrt(math.pi / 2) * failure_probability ** (1 / starts) / length.cpu() * (1 - 1e-9) - 4 * UNIT
-    terms = gamma(weight[0].numel()) + gamma(weight[:, 0].numel() * conv[3])
+    terms = gamma(operator.terms) + gamma(operator.adjoint_terms)
     nu = (absolute * power).cpu().repeat_interleave(starts)
     error = (1.01 * terms + 64 * UNIT) * nu.square() * (1 + 8 * UNIT) + 2 * UNDERFLOW
 
@@ -203,8 +288,9 @@ def _bounds_of_chunk(
     limit = 2 * _enough_steps(float(level.clamp_min(TINY).min()), tightness)
     check = 8
     for step in range(1, limit + 1):
-        z = _apply(weight, q, conv) * rows
-        w = _apply_transposed(weight, z, sizes, conv) * cols
+        z = operator.apply(q)
+        z = z * (column(rows, z) if row_mask is None else rows)
+        w = operator.adjoint(z) * cols
         alpha.append(z.flatten(1).square().sum(1))
         w = w.sub_(column(alpha[-1]) * q).sub_(column(last) * before)
         last = w.flatten(1).norm(dim=1)

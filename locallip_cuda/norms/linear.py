@@ -1,7 +1,8 @@
 """The linear maps of a network as objects: applied, transposed, in absolute value, squared, composed and added.
 
 A map takes a batch (B, *input_sizes) to (B, *output_sizes), differentiably in its weights. Maps in a row, and maps of
-one value that are added, become one where that has a form of its own: a convolution behind a scaling, x + conv(x).
+one value that are added, are what they say, a :class:`Composed` or a :class:`Sum`; :func:`folded` makes one kernel of
+them where there is one: of a convolution behind a scaling, of x + conv(x), of a convolution before an average.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rounding import convolution
 from ..shapes import output_size, transposed_size
+from .operator import Geometry, planar
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -25,11 +28,19 @@ class LinearMap(ABC):
 
     terms: in every row, at least as many roundings as one entry of A x takes, in any order of summation: computed
     products obey |fl(A x) - A x| <= gamma(terms) |A| |x|, |A| as :meth:`absolute`. adjoint_terms: the same of A^T y.
+    roundings: how many the entries themselves come from, where they are not weights as they are stored.
     """
 
-    def __init__(self, input_sizes: Sequence[int], output_sizes: Sequence[int], terms: int, adjoint_terms: int) -> None:
+    def __init__(
+        self,
+        input_sizes: Sequence[int],
+        output_sizes: Sequence[int],
+        terms: int,
+        adjoint_terms: int,
+        roundings: int = 0,
+    ) -> None:
         self.input_sizes, self.output_sizes = list(input_sizes), list(output_sizes)
-        self.terms, self.adjoint_terms = terms, adjoint_terms
+        self.terms, self.adjoint_terms, self.roundings = terms, adjoint_terms, roundings
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -39,13 +50,26 @@ class LinearMap(ABC):
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y: (B, *output_sizes) -> (B, *input_sizes)."""
 
+    def entries(self) -> tuple[int, int]:
+        """How many entries that are not 0 a row has, and a column, at most."""
+        return self.terms, self.adjoint_terms
+
     @abstractmethod
     def absolute(self) -> LinearMap:
         """A map with entries of at least |A_ij|; of exactly those, but where A is a product or a sum of others."""
 
     @abstractmethod
-    def squared(self) -> LinearMap | None:
-        """The map with entries A_ij^2; None where it is not at hand."""
+    def squared(self) -> LinearMap:
+        """A map with entries of at least A_ij^2, of those but where A is a product or a sum of others: applied to a
+        column mask, at least the squared norms of the rows."""
+
+    def weights(self) -> list[Tensor]:
+        """Those of its parts."""
+        return []
+
+    def snapshot(self) -> LinearMap:
+        """The map as it is now, with weights of its own and without gradients."""
+        return self
 
     def dense(self) -> Tensor:
         """(outputs, inputs), differentiable; for small ones."""
@@ -63,7 +87,7 @@ class Identity(LinearMap):
     """x itself."""
 
     def __init__(self, sizes: Sequence[int], like: Tensor) -> None:
-        super().__init__(sizes, sizes, 0, 0)
+        super().__init__(sizes, sizes, 1, 1)
         self._like = like
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -96,6 +120,12 @@ class Dense(LinearMap):
     def adjoint(self, y: Tensor) -> Tensor:
         return y @ self.weight
 
+    def weights(self) -> list[Tensor]:
+        return [self.weight]
+
+    def snapshot(self) -> Dense:
+        return Dense(_now(self.weight))
+
     def absolute(self) -> Dense:
         return Dense(self.weight.abs())
 
@@ -104,6 +134,10 @@ class Dense(LinearMap):
 
     def dense(self) -> Tensor:
         return self.weight
+
+    def planar(self) -> tuple[Tensor, list[int], list[int], Geometry]:
+        """As the ops take it: weight, sizes of an input and of an output, geometry."""
+        return self.weight, self.input_sizes, self.output_sizes, ([1, 1], [0, 0], [1, 1], 1)
 
     @property
     def like(self) -> Tensor:
@@ -121,19 +155,28 @@ class Convolution(LinearMap):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        roundings: int = 0,
     ) -> None:
         conv = (stride, padding, dilation)
         spatial = [output_size(*n) for n in zip(input_sizes[1:], weight.shape[2:], *conv, strict=True)]
-        super().__init__(input_sizes, [weight.shape[0], *spatial], weight[0].numel(), weight[:, 0].numel() // groups)
+        # of a stride of s, every (s / gcd(s, d))-th tap meets one input
+        taps = [-(-k // (s // math.gcd(s, d))) for k, s, d in zip(weight.shape[2:], stride, dilation, strict=True)]
+        columns = weight.shape[0] // groups * math.prod(taps)
+        super().__init__(input_sizes, [weight.shape[0], *spatial], weight[0].numel(), columns, roundings)
         self.weight = weight
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
 
     def __call__(self, x: Tensor) -> Tensor:
-        convolution = _CONVOLUTION[len(self.stride)]
-        result: Tensor = convolution(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        own = (self.stride, self.padding, self.dilation, self.groups)
+        if _is_of_a_proof(x):
+            return convolution(x, self.weight, *own)
+        result: Tensor = _CONVOLUTION[len(self.stride)](x, self.weight, None, *own)
         return result
 
     def adjoint(self, y: Tensor) -> Tensor:
+        if _is_of_a_proof(y):
+            own = (self.stride, self.padding, self.dilation, self.groups)
+            return convolution(y, self.weight, *own, transposed_to=self.input_sizes[1:])
         conv = (self.weight.shape[2:], self.stride, self.padding, self.dilation)
         shortest = [transposed_size(*numbers) for numbers in zip(self.output_sizes[1:], *conv, strict=True)]
         # what a stride leaves over at the far border
@@ -143,6 +186,12 @@ class Convolution(LinearMap):
         )
         return result
 
+    def weights(self) -> list[Tensor]:
+        return [self.weight]
+
+    def snapshot(self) -> Convolution:
+        return self.with_weight(_now(self.weight))
+
     def absolute(self) -> Convolution:
         return self.with_weight(self.weight.abs())
 
@@ -151,7 +200,13 @@ class Convolution(LinearMap):
 
     def with_weight(self, weight: Tensor) -> Convolution:
         """The same geometry with another weight, which may have other output channels."""
-        return Convolution(weight, self.input_sizes, self.stride, self.padding, self.dilation, self.groups)
+        own = (self.stride, self.padding, self.dilation, self.groups)
+        return Convolution(weight, self.input_sizes, *own, self.roundings)
+
+    def planar(self) -> tuple[Tensor, list[int], list[int], Geometry]:
+        """As the ops take it: weight, sizes of an input and of an output, geometry."""
+        own = (self.stride, self.padding, self.dilation, self.groups)
+        return planar(self.weight, self.input_sizes, self.output_sizes, own)
 
     @property
     def like(self) -> Tensor:
@@ -161,8 +216,8 @@ class Convolution(LinearMap):
 class Scaling(LinearMap):
     """x times ``factor`` (1, *sizes) or what broadcasts to it."""
 
-    def __init__(self, factor: Tensor, sizes: Sequence[int]) -> None:
-        super().__init__(sizes, sizes, 1, 1)
+    def __init__(self, factor: Tensor, sizes: Sequence[int], roundings: int = 0) -> None:
+        super().__init__(sizes, sizes, 1, 1, roundings)
         self.factor = factor
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -171,11 +226,17 @@ class Scaling(LinearMap):
     def adjoint(self, y: Tensor) -> Tensor:
         return y * self.factor
 
+    def weights(self) -> list[Tensor]:
+        return [self.factor]
+
+    def snapshot(self) -> Scaling:
+        return Scaling(_now(self.factor), self.input_sizes, self.roundings)
+
     def absolute(self) -> Scaling:
-        return Scaling(self.factor.abs(), self.input_sizes)
+        return Scaling(self.factor.abs(), self.input_sizes, self.roundings)
 
     def squared(self) -> Scaling:
-        return Scaling(self.factor.square(), self.input_sizes)
+        return Scaling(self.factor.square(), self.input_sizes, self.roundings)
 
     @property
     def like(self) -> Tensor:
@@ -203,13 +264,17 @@ class Rearrangement(LinearMap):
             raise ValueError("function: got one that mixes samples, or numbers of its own, want a choice of inputs")
         self._inputs = first - 1  # -1 where an output is 0
         counts = torch.bincount(first, minlength=units + 1)[1:]
-        super().__init__(input_sizes, images.shape[1:], 0, int(counts.max()) if units else 0)
+        super().__init__(input_sizes, images.shape[1:], 1, int(counts.max()) if units else 0)
         self.function, self._like = function, like
         self.injective = bool((counts <= 1).all())  # no input is two outputs
         self.bijective = self.injective and bool((counts == 1).all()) and len(first) == units
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """A bool mask of the inputs as one of the outputs, False where those are 0."""
+        return self(mask.to(self.like.dtype)) > 0
 
     def adjoint(self, y: Tensor) -> Tensor:
         kept = self._inputs >= 0
@@ -227,11 +292,28 @@ class Rearrangement(LinearMap):
         return self._like
 
 
+class Reshape(Rearrangement):
+    """The same numbers in the same order, as other sizes."""
+
+    def __init__(self, input_sizes: Sequence[int], output_sizes: Sequence[int], like: Tensor) -> None:
+        LinearMap.__init__(self, input_sizes, output_sizes, 1, 1)
+        self._like, self.injective, self.bijective = like, True, True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), *self.output_sizes)
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        return mask.reshape(len(mask), *self.output_sizes)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y.reshape(len(y), *self.input_sizes)
+
+
 class Adjoint(LinearMap):
     """The transpose of another map: a transposed convolution is that of a convolution."""
 
     def __init__(self, of: LinearMap) -> None:
-        super().__init__(of.output_sizes, of.input_sizes, of.adjoint_terms, of.terms)
+        super().__init__(of.output_sizes, of.input_sizes, of.adjoint_terms, of.terms, of.roundings)
         self.of = of
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -240,12 +322,21 @@ class Adjoint(LinearMap):
     def adjoint(self, y: Tensor) -> Tensor:
         return self.of(y)
 
+    def entries(self) -> tuple[int, int]:
+        row, column = self.of.entries()
+        return column, row
+
+    def weights(self) -> list[Tensor]:
+        return self.of.weights()
+
+    def snapshot(self) -> Adjoint:
+        return Adjoint(self.of.snapshot())
+
     def absolute(self) -> Adjoint:
         return Adjoint(self.of.absolute())
 
-    def squared(self) -> Adjoint | None:
-        squared = self.of.squared()
-        return None if squared is None else Adjoint(squared)
+    def squared(self) -> Adjoint:
+        return Adjoint(self.of.squared())
 
     @property
     def like(self) -> Tensor:
@@ -257,7 +348,7 @@ class Composed(LinearMap):
 
     def __init__(self, maps: Sequence[LinearMap]) -> None:
         terms = (sum(m.terms for m in maps), sum(m.adjoint_terms for m in maps))
-        super().__init__(maps[0].input_sizes, maps[-1].output_sizes, *terms)
+        super().__init__(maps[0].input_sizes, maps[-1].output_sizes, *terms, sum(m.roundings for m in maps))
         self.maps = list(maps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -270,18 +361,30 @@ class Composed(LinearMap):
             y = each.adjoint(y)
         return y
 
+    def entries(self) -> tuple[int, int]:
+        rows, columns = zip(*(each.entries() for each in self.maps), strict=True)
+        return math.prod(rows), math.prod(columns)
+
+    def weights(self) -> list[Tensor]:
+        return [weight for each in self.maps for weight in each.weights()]
+
+    def snapshot(self) -> Composed:
+        return Composed([each.snapshot() for each in self.maps])
+
     def absolute(self) -> Composed:
         return Composed([each.absolute() for each in self.maps])
 
-    def squared(self) -> Composed | None:
-        """Where no entry is a sum of several products: all maps but one choose or scale, those before it without
-        giving one input to two outputs."""
-        full = [i for i, each in enumerate(self.maps) if not isinstance(each, (Scaling, Rearrangement, Identity))]
-        before = self.maps[: full[0]] if full else []
-        if len(full) > 1 or any(isinstance(each, Rearrangement) and not each.injective for each in before):
-            return None
-        squares = [each.squared() for each in self.maps]
-        return None if any(each is None for each in squares) else Composed([each for each in squares if each])
+    def squared(self) -> LinearMap:
+        """The squares of the parts in a row. An entry is one product, and that exact, where the parts before one of
+        them lead each input to one output, and those behind it make each output of one input; elsewhere a sum of n
+        has its square below n times the sum of squares."""
+
+        def factor(middle: int) -> int:
+            before, behind = self.maps[:middle], self.maps[middle + 1 :]
+            return math.prod(m.entries()[1] for m in before) * math.prod(m.entries()[0] for m in behind)
+
+        squares = Composed([each.squared() for each in self.maps])
+        return _times(min(factor(i) for i in range(len(self.maps))), squares)
 
     @property
     def like(self) -> Tensor:
@@ -292,9 +395,8 @@ class Sum(LinearMap):
     """Maps of one value, added."""
 
     def __init__(self, maps: Sequence[LinearMap]) -> None:
-        more = len(maps) - 1
-        terms = (max(m.terms for m in maps) + more, max(m.adjoint_terms for m in maps) + more)
-        super().__init__(maps[0].input_sizes, maps[0].output_sizes, *terms)
+        terms = (sum(m.terms for m in maps), sum(m.adjoint_terms for m in maps))
+        super().__init__(maps[0].input_sizes, maps[0].output_sizes, *terms, max(m.roundings for m in maps))
         self.maps = list(maps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -309,39 +411,117 @@ class Sum(LinearMap):
             result = result + each.adjoint(y)
         return result
 
+    def entries(self) -> tuple[int, int]:
+        rows, columns = zip(*(each.entries() for each in self.maps), strict=True)
+        return sum(rows), sum(columns)
+
+    def weights(self) -> list[Tensor]:
+        return [weight for each in self.maps for weight in each.weights()]
+
+    def snapshot(self) -> Sum:
+        return Sum([each.snapshot() for each in self.maps])
+
     def absolute(self) -> Sum:
         return Sum([each.absolute() for each in self.maps])
 
-    def squared(self) -> None:
-        return None
+    def squared(self) -> LinearMap:
+        """The square of a sum of n is below n times the sum of squares."""
+        return _times(len(self.maps), Sum([each.squared() for each in self.maps]))
 
     @property
     def like(self) -> Tensor:
         return self.maps[0].like
 
 
+def _mover(linear: LinearMap) -> Rearrangement | None:
+    return linear if isinstance(linear, Rearrangement) and linear.injective else None
+
+
+def without_ends(
+    linear: Composed, rows: Tensor | None, columns: Tensor | None, batch: int
+) -> tuple[LinearMap, Tensor | None, Tensor | None, Rearrangement | None, Rearrangement | None]:
+    """The map between the rearrangements at its ends that do nothing but move the masks, the masks (B, *) so moved, and
+    the two, or None: diag(rows) A diag(columns) has the same norm.
+
+    Where the first one leaves inputs out these go; its zeros are columns that are not there, and outputs that the last
+    one leaves out are rows that are not.
+    """
+    maps, first, last = linear.maps, _mover(linear.maps[0]), _mover(linear.maps[-1])
+    if first is not None:
+        maps = maps[1:]
+        kept = None if columns is None else first.of_mask(columns)
+        if not first.bijective:
+            ones = torch.ones(1, *first.input_sizes, dtype=torch.bool, device=linear.like.device)
+            there = first.of_mask(ones).expand(batch, *first.output_sizes)
+            kept = there if kept is None else kept & there
+        columns = kept
+    if last is not None and len(maps) > 1:
+        maps = maps[:-1]
+        if rows is not None or not last.bijective:
+            like = linear.like
+            chosen = torch.ones(batch, *last.output_sizes, dtype=like.dtype, device=like.device)
+            rows = last.adjoint(chosen if rows is None else chosen * rows) > 0
+    else:
+        last = None
+    return (Composed(maps) if len(maps) > 1 else maps[0]), rows, columns, first, last
+
+
+def _now(weight: Tensor) -> Tensor:
+    return weight.detach().clone()
+
+
+def _times(number: int, linear: LinearMap) -> LinearMap:
+    if number == 1:
+        return linear
+    like = linear.like
+    factor = torch.full((1,), float(number), dtype=like.dtype, device=like.device)
+    return Composed([linear, Scaling(factor, linear.output_sizes)])
+
+
+def _is_of_a_proof(x: Tensor) -> bool:
+    """Whether products are to be sums of products, as cuDNN's need not be."""
+    return x.is_cuda and x.dtype == torch.float64 and not torch.is_grad_enabled()
+
+
 def composed(first: LinearMap, second: LinearMap) -> LinearMap:
-    """``second`` after ``first``, as one kernel where there is one."""
-    if isinstance(first, Identity):
-        return second
-    if isinstance(second, Identity):
-        return first
-    maps = [*(first.maps if isinstance(first, Composed) else [first])]
-    for each in second.maps if isinstance(second, Composed) else [second]:
-        folded = _in_one(maps[-1], each)
-        if folded is None:
-            maps.append(each)
-        else:
-            maps[-1] = folded
-    return maps[0] if len(maps) == 1 else Composed(maps)
+    """``second`` after ``first``."""
+    if isinstance(first, Identity) or isinstance(second, Identity):
+        return second if isinstance(first, Identity) else first
+    return Composed([each for part in (first, second) for each in (part.maps if isinstance(part, Composed) else [part])])
 
 
 def added(first: LinearMap, second: LinearMap) -> LinearMap:
-    """``first`` and ``second`` of the same value, as one kernel where there is one."""
-    folded = _sum_in_one(first, second) or _sum_in_one(second, first)
-    if folded is not None:
-        return folded
+    """``first`` and ``second`` of the same value."""
     return Sum([each for part in (first, second) for each in (part.maps if isinstance(part, Sum) else [part])])
+
+
+def folded(linear: LinearMap) -> LinearMap:
+    """The same map with as few parts as there can be; itself where nothing folds.
+
+    Its entries are off those of ``linear`` by gamma(terms) of their sizes, |A| and terms of ``linear``.
+    """
+    if isinstance(linear, Composed):
+        maps: list[LinearMap] = []
+        for each in linear.maps:
+            maps.append(folded(each))
+            while len(maps) > 1 and (one := _in_one(maps[-2], maps[-1])) is not None:
+                maps[-2:] = [one]
+        same = len(maps) == len(linear.maps) and all(a is b for a, b in zip(maps, linear.maps, strict=True))
+        return linear if same else maps[0] if len(maps) == 1 else Composed(maps)
+    if isinstance(linear, Sum):
+        parts = [folded(each) for each in linear.maps]
+        left: list[LinearMap] = []
+        for part in parts:
+            for i, other in enumerate(left):
+                one = _sum_in_one(other, part) or _sum_in_one(part, other)
+                if one is not None:
+                    left[i] = one
+                    break
+            else:
+                left.append(part)
+        same = len(left) == len(linear.maps) and all(a is b for a, b in zip(left, linear.maps, strict=True))
+        return linear if same else left[0] if len(left) == 1 else Sum(left)
+    return linear
 
 
 def _by_channel(scaling: Scaling) -> Tensor | None:
@@ -356,8 +536,12 @@ def _by_channel(scaling: Scaling) -> Tensor | None:
 
 
 def _in_one(first: LinearMap, second: LinearMap) -> LinearMap | None:
+    if isinstance(first, Reshape) and isinstance(second, Reshape):
+        return Reshape(first.input_sizes, second.output_sizes, first.like)
     if isinstance(first, Scaling) and isinstance(second, Scaling):
         return Scaling(first.factor * second.factor, first.input_sizes)
+    if isinstance(first, Convolution) and isinstance(second, Convolution):
+        return _averaged(first, second)
     if isinstance(first, Dense) and isinstance(second, Dense) and second.weight.shape[0] <= first.weight.shape[1]:
         return Dense(second.weight @ first.weight)
     for weighted, scaling in ((first, second), (second, first)):
@@ -377,6 +561,26 @@ def _in_one(first: LinearMap, second: LinearMap) -> LinearMap | None:
             scaled = (weight.unflatten(0, (weighted.groups, -1)) * by_group).flatten(0, 1)  # type: ignore[no-untyped-call]
         return Dense(scaled) if isinstance(weighted, Dense) else weighted.with_weight(scaled)
     return None
+
+
+def _averaged(first: Convolution, second: Convolution) -> Convolution | None:
+    """A convolution before one of every channel by itself, as the one that they are, where it costs no more."""
+    channels = first.weight.shape[0]
+    if second.groups != channels or second.weight.shape[0] != channels or any(second.padding):
+        return None
+    if set(first.dilation) != {1} or set(second.dilation) != {1}:
+        return None
+    around = zip(first.weight.shape[2:], first.stride, second.weight.shape[2:], strict=True)
+    kernel = [k + s * (n - 1) for k, s, n in around]
+    if math.prod(kernel) * math.prod(second.output_sizes) > first.weight[0, 0].numel() * math.prod(first.output_sizes):
+        return None
+    by_channel = _TRANSPOSED[len(kernel)](
+        first.weight.transpose(0, 1), second.weight, None, 1, 0, 0, channels, first.stride
+    )
+    stride = [s * t for s, t in zip(first.stride, second.stride, strict=True)]
+    return Convolution(
+        by_channel.transpose(0, 1), first.input_sizes, stride, first.padding, first.dilation, first.groups
+    )
 
 
 def _sum_in_one(first: LinearMap, second: LinearMap) -> LinearMap | None:

@@ -1,15 +1,18 @@
-"""Whether the pass computed what ``model(x)`` computes: a second net below the recognition of :mod:`.layers`."""
+"""Whether the pass computed what ``model(x)`` computes: a second net below the rules."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .layers import Activation, Leaf, Operator, UnsupportedModuleError
+from ..norms.linear import Composed, Identity, LinearMap, Rearrangement, Sum
+from .graph import Graph, Joined, Layer, UnsupportedModuleError, View, lowered
+from .recursion import Pass
+from .trace import Trace
 
 # How many times the rounding, as estimated here, a difference may be.
 MARGIN = 8
@@ -40,18 +43,19 @@ def is_due(model: nn.Module, x: Tensor, *, proof: bool) -> bool:
 
 
 @torch.no_grad()
-def check(model: nn.Module, modules: Sequence[Leaf], x: Tensor, logits: Tensor) -> None:
+def check(model: nn.Module, trace: Trace, x: Tensor, logits: Tensor) -> None:
     """UnsupportedModuleError where ``model(x)`` is further from ``logits`` (B, K) than rounding explains.
 
     The rounding of every unit is taken for independent of all others, relative to the sum of its terms' sizes, and
     carried on by the squared weights; and for the sake of units that are all alike, and round alike, that of all layers
     together is allowed to the last one's sizes. Where the network's dtype overflows, anything goes.
     """
-    head: Any = modules[-1].module
-    x = x.detach().to(head.weight.dtype)
+    x = x.detach()
     answer = model(x.clone())  # an activation in place may write over its input
     if answer.shape == logits.shape:
-        tolerance = _unit(x) * _rounding(modules, x)
+        graph = lowered(trace, torch.float64, proof=True)
+        rounding = _Rounding(graph, x)
+        tolerance = _unit(x) * rounding.tolerance()
         off = (answer.double() - logits.double()).abs()
         if not bool(((off > tolerance) | off.isnan() & tolerance.isfinite()).any()):
             if bool((off.isfinite() & tolerance.isfinite()).any()):  # of no sample, or of NaN, it says nothing
@@ -61,8 +65,8 @@ def check(model: nn.Module, modules: Sequence[Leaf], x: Tensor, logits: Tensor) 
     else:
         differs = f"in shape, {tuple(answer.shape)} and {tuple(logits.shape)}"
     raise UnsupportedModuleError(
-        f"model: model(x) and its modules one after another differ {differs}, more than rounding explains: there is no "
-        "bound of what the model computes; want modules whose call nothing changes"
+        f"model: model(x) and the functions that it was seen to call differ {differs}, more than rounding explains: "
+        "there is no bound of what the model computes; want rules that say what their functions do"
     )
 
 
@@ -82,32 +86,83 @@ def _unit(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps / 2
 
 
-def _rounding(modules: Sequence[Leaf], x: Tensor) -> Tensor:
-    """(B, K) how far rounding may put the logits off, in units of roundoff; infinite where x's dtype overflows."""
-    limits = torch.finfo(x.dtype)
-    value, variance, size, alike = x.double(), torch.zeros_like(x, dtype=torch.float64), x.double(), 0.0
-    largest = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        for leaf in modules:
-            layer = leaf.step(value)
-            if isinstance(layer, Operator):
-                layer = layer.snapshot(torch.float64)
-                terms = layer.weight[0].numel()
-                each = 2 + DRIFT * terms
-                size = layer(value.abs(), layer.weight.abs(), None if layer.bias is None else layer.bias.abs())
-                underflow = terms * limits.tiny / limits.eps
-                variance = layer(variance, layer.weight.square(), None) + (each * size + underflow).square()
-                value = layer(value, layer.weight, layer.bias)
-                alike += 2 * each
-                largest = torch.maximum(largest, size.flatten(1).amax(1))
-            elif isinstance(layer, Activation):
-                value = layer(value)
-                if layer.kind in ("maxmin", "clipped_maxmin"):
-                    a, b = variance.chunk(2, 1)
-                    variance = torch.maximum(a, b).repeat(1, 2, *[1] * (value.dim() - 2))
-                elif not layer.kind:
-                    variance = variance + (4 * (1 + value.abs())).square()
-            elif layer is not None:
-                value, variance = layer(value), layer(variance)
-    found: Tensor = MARGIN * variance.sqrt() + alike * size
-    return torch.where((largest < limits.max).unsqueeze(1), found, torch.inf)
+@dataclass(eq=False)
+class _Fact:
+    """A clean value, and the variance of its rounding error, in units of roundoff."""
+
+    value: Tensor
+    variance: Tensor
+
+
+class _Rounding(Pass[_Fact]):
+    """How far rounding may put values off, in units of roundoff."""
+
+    def __init__(self, graph: Graph, x: Tensor) -> None:
+        super().__init__(local=True)
+        self.graph, self.limits = graph, torch.finfo(x.dtype)
+        self.alike = 0.0
+        self.largest = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            facts = self.run(graph, x.double(), self.largest)
+            self.head = self._affine(graph.head, facts)
+
+    def tolerance(self) -> Tensor:
+        """(B, K) of the head; infinite where the dtype overflows."""
+        _, variance, size = self.head
+        found = MARGIN * variance.sqrt() + self.alike * size
+        return torch.where((self.largest < self.limits.max).unsqueeze(1), found, torch.inf)
+
+    def start(self, x: Tensor, eps: Tensor) -> _Fact:
+        return _Fact(x, torch.zeros_like(x))
+
+    def viewed(self, step: View, fact: _Fact) -> _Fact:
+        return _Fact(step.rearrangement(fact.value), step.rearrangement(fact.variance))
+
+    def joined(self, step: Joined, facts: Sequence[_Fact]) -> _Fact:
+        return _Fact(torch.cat([f.value for f in facts], step.dim), torch.cat([f.variance for f in facts], step.dim))
+
+    def closed(self, layer: Layer, facts: Sequence[_Fact]) -> _Fact:
+        value, variance, _ = self._affine(layer, facts)
+        activation = layer.activation
+        out = activation.function(value)
+        if activation.kind in ("maxmin", "clipped_maxmin"):
+            a, b = variance.chunk(2, 1)
+            variance = torch.maximum(a, b).repeat(1, 2, *[1] * (out.dim() - 2))
+        elif out.shape != variance.shape:  # maxima over windows
+            variance = activation.function(variance)
+        if not activation.exact:
+            variance = activation.lipschitz**2 * variance + (4 * (1 + out.abs())).square()
+        return _Fact(out, variance)
+
+    def _affine(self, layer: Layer, facts: Sequence[_Fact]) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, variance and the sizes of what the value is the sum of."""
+        value, variance, size = (torch.zeros((), dtype=torch.float64, device=self.largest.device) for _ in range(3))
+        count, exact = 0, layer.bias is None and len(facts) == 1
+        for term, fact in zip(layer.terms, facts, strict=True):
+            exact = exact and isinstance(term.parts, (Identity, Rearrangement))
+            count = max(count, term.parts.terms)
+            value = value + term.parts(fact.value)
+            size = size + term.parts.absolute()(fact.value.abs())
+            variance = variance + _squares(term.parts, fact.variance)
+        if layer.bias is not None:
+            value = value + layer.bias
+        if layer.bias_size is not None:
+            size = size + layer.bias_size
+        if not exact:
+            each = 2 + DRIFT * count
+            underflow = count * self.limits.tiny / self.limits.eps
+            variance = variance + (each * size + underflow).square()
+            self.alike += 2 * each
+            self.largest = torch.maximum(self.largest, size.flatten(1).amax(1))
+        return value, variance, size
+
+
+def _squares(linear: LinearMap, variance: Tensor) -> Tensor:
+    """Variances behind a map, of errors that are independent in front of each of its parts."""
+    if isinstance(linear, Composed):
+        for part in linear.maps:
+            variance = _squares(part, variance)
+        return variance
+    if isinstance(linear, Sum):
+        return torch.stack([_squares(part, variance) for part in linear.maps]).sum(0) * len(linear.maps)
+    return linear.squared()(variance)

@@ -1,15 +1,20 @@
-"""The differentiable pass through a network that carries the clean value, a box, a radius and the masks."""
+"""The estimate: a differentiable pass that carries the clean value, a box, a radius and the masks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..norms.iteration import iterated_norm
+from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
-from .layers import Activation, Operator, at
+from .graph import Joined, Layer, Term, View, closed_radius, joined_radius
+from .recursion import Pass, check_norm, counts
 from .training_norms import SHARED_ITERATIONS, TrainingNorms
 
 # The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a
@@ -19,149 +24,269 @@ DENSE_START_ITERATIONS = 5
 GLOBAL_ITERATIONS = 30
 
 
-class Propagation:
-    """The state of one pass: what is known of the values behind the layers that have been passed.
+@dataclass(eq=False)
+class Fact:
+    """What is known of one value.
 
-    The masked norms take ``iterations``, from the global singular vectors, or those of ``kept`` with the labels ``y``.
+    values: clean ones, followed by the box centres once there is a box, (2B, *): one convolution serves both.
+    half_width: (B, *); None where the ball lies inside the box, as at the input, and behind the first operator.
+    radius: (B,).   columns: bool (B, *), what can vary; None for all.   columns_left: (B,) how many those are.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        eps: Tensor,
-        radius: str,
-        iterations: int,
-        kept: TrainingNorms | None = None,
-        y: Tensor | None = None,
-    ) -> None:
-        self.batch = x.shape[0]
-        self.eps = eps
-        self.local = radius == "local"
-        self.iterations = iterations
-        self.kept = kept
-        self.y = y
-        # clean values, followed by the box centres once there is a box: one convolution serves both
-        self.values = x.clone(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
-        # at the input the ball lies inside the box +- eps, and so it does behind the first operator: no box needed yet
-        self.half_width: Tensor | None = None
-        self.reach = eps
-        self.column_mask: Tensor | None = None
-        self.columns_left: Tensor | None = None  # (B,) how many
-        self.row_masks: list[Tensor] = []
-        self.column_masks: list[Tensor] = []
-        self.varying: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.sparsity_terms: list[Tensor] = []
-        self.operators: list[tuple[Operator, list[int]]] = []
-        self.input_masks: list[Tensor | None] = []
+    values: Tensor
+    half_width: Tensor | None
+    radius: Tensor
+    columns: Tensor | None
+    columns_left: Tensor | None
 
-    def pass_layer(self, path: str, operator: Operator | None, activation: Activation) -> None:
-        """One layer: ``operator`` (the identity where None), then ``activation``."""
-        sizes = list(self.values.shape[1:])
-        columns, columns_left = self.column_mask, self.columns_left
-        if operator is None:
-            ones = self.values.new_ones(1, *sizes)
-            squared_row_norms = ones if columns is None else columns.to(ones.dtype)
-        else:
-            operator.check_input(path, self.values)
-            self.values = operator(self.values, operator.weight, operator.bias)
-            if self.half_width is not None:
-                self.half_width = operator(self.half_width, operator.weight.abs())
-            squared_row_norms = operator.squared_row_norms(columns, sizes, self.values, exact=self.local)
-        self.values, self.half_width, rows, self.column_mask, slack, varying = ops.activation_pattern(
-            self.values,
-            self.half_width,
-            squared_row_norms,
-            self.reach,
+
+def _unchanged(t: Tensor) -> Tensor:
+    return t
+
+
+class Estimate(Pass[Fact]):
+    """The masked norms take ``iterations``, from the global singular vectors, or those of ``kept`` with labels ``y``."""
+
+    rounded = staticmethod(_unchanged)
+
+    def __init__(
+        self, radius: str, iterations: int, kept: TrainingNorms | None = None, y: Tensor | None = None
+    ) -> None:
+        super().__init__(local=radius == "local")
+        self.iterations, self.kept, self.y = iterations, kept, y
+
+    def start(self, x: Tensor, eps: Tensor) -> Fact:
+        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        return Fact(x.clone(memory_format=layout), None, eps, None, None)
+
+    def viewed(self, step: View, fact: Fact) -> Fact:
+        move = step.rearrangement
+        columns = fact.columns
+        if columns is not None:
+            columns = move.of_mask(columns)
+        elif not move.bijective:
+            ones = torch.ones(1, *move.input_sizes, dtype=torch.bool, device=fact.values.device)
+            columns = move.of_mask(ones).expand(len(fact.radius), *move.output_sizes)
+        left = fact.columns_left
+        if not move.bijective:
+            left = None if columns is None else columns.flatten(1).sum(1)
+        half_width = None if fact.half_width is None else move(fact.half_width)
+        return Fact(move(fact.values), half_width, fact.radius, columns, left)
+
+    def joined(self, step: Joined, facts: Sequence[Fact]) -> Fact:
+        boxes = any(fact.half_width is not None for fact in facts)
+        half_width, columns, left = None, None, None
+        if boxes:
+            facts = [_with_box(fact) for fact in facts]
+            half_width = torch.cat([fact.half_width for fact in facts if fact.half_width is not None], step.dim)
+        values = torch.cat([fact.values for fact in facts], step.dim)
+        if any(fact.columns is not None for fact in facts):
+            masks = [_mask(fact.columns, fact.values, len(fact.radius)) for fact in facts]
+            columns = torch.cat(masks, step.dim)
+            left = columns.flatten(1).sum(1)
+        return Fact(values, half_width, joined_radius([fact.radius for fact in facts], _unchanged), columns, left)
+
+    def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
+        if len(facts) > 1 and any(fact.half_width is not None for fact in facts):
+            facts = [_with_box(fact) for fact in facts]
+        values, half_width = None, None
+        for term, fact in zip(layer.terms, facts, strict=True):
+            bias = layer.bias if values is None else None
+            own = affine(term.linear, fact.values, bias)
+            values = own if values is None else values + own
+            if fact.half_width is not None:
+                spread = affine(term.linear.absolute(), fact.half_width, None)
+                half_width = spread if half_width is None else half_width + spread
+        assert values is not None
+        activation = layer.activation
+        values, half_width, rows, columns, slack, varying = ops.activation_pattern(
+            values,
+            half_width,
+            *self._ball(layer, facts),
             activation.kind or "identity",
             activation.first,
             activation.second,
         )
-        self.columns_left = varying[:, 1]
         if not activation.kind:
-            self.values, self.half_width = _monotone(activation, self.values, self.half_width)
-        if operator is None:
-            return
+            clean, centre = values.chunk(2)
+            lower, upper = activation.interval(low := centre - half_width, high := centre + half_width)
+            values = torch.cat([activation.function(clean), (lower + upper) / 2])
+            half_width = (upper - lower) / 2
+            found = activation.rows(low.detach(), high.detach())
+            if found is not None:
+                rows = found
+            if half_width.shape != columns.shape:
+                columns = torch.ones_like(half_width, dtype=torch.bool)
+            varying = torch.stack([rows.flatten(1).sum(1), columns.flatten(1).sum(1)], 1)
         if not self.local and activation.kind == "clipped_maxmin":
             rows = torch.ones_like(rows)  # the paper removes none
             varying = torch.stack([torch.full_like(varying[:, 0], rows.shape[1:].numel()), varying[:, 1]], 1)
-        everything = varying[:, 0] == rows.shape[1:].numel()
-        if columns_left is not None:
-            everything = everything & (columns_left == math.prod(sizes))
-        self.norms.append(self._norm(path, operator, rows, columns, sizes, everything))
-        self.row_masks.append(rows)
-        self.column_masks.append(self.column_mask)
-        self.varying.append(varying)
-        self.sparsity_terms.append(slack.sum(0) / max(self.batch, 1))
-        self.operators.append((operator.snapshot(), sizes))
-        self.input_masks.append(columns)
+        norms, growth = [], []
+        for term, fact in zip(layer.terms, facts, strict=True):
+            norm, whole = self._norm(layer.path, term, fact, rows, varying[:, 0])
+            norms.append(norm)
+            growth.append(norm if whole is None else whole)
+        self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack, varying)
+        radius = closed_radius(layer, [fact.radius for fact in facts], growth, _unchanged)
+        return Fact(values, half_width, radius, columns, varying[:, 1])
+
+    def _ball(self, layer: Layer, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:
+        """(squared row norms, radius) of the ball around the clean values: of several terms, that of the sum."""
+        squares = [self._squared_row_norms(t.linear, fact) for t, fact in zip(layer.terms, facts, strict=True)]
+        if len(facts) == 1:
+            return squares[0], facts[0].radius
+        total: Tensor | None = None
+        for square, fact in zip(squares, facts, strict=True):
+            reach = fact.radius.view(-1, *[1] * len(layer.sizes)) * _root(square)
+            total = reach if total is None else total + reach
+        assert total is not None
+        return total.square(), torch.ones_like(facts[0].radius)
+
+    def _squared_row_norms(self, linear: LinearMap, fact: Fact) -> Tensor:
+        """``||A_i * columns||^2`` of every row i: (B or 1, *output).
+
+        Not ``local`` is the paper's: all columns, and for a convolution the whole kernel, at the padded border too.
+        """
+        like, sizes = fact.values, linear.input_sizes
+        if isinstance(linear, Identity):
+            return like.new_ones(1, *sizes) if fact.columns is None else fact.columns.to(like.dtype)
+        squared = linear.squared()
+        if not self.local and isinstance(squared, Convolution):
+            of_channel = squared.weight.flatten(1).sum(1).view(1, -1, *[1] * (len(sizes) - 1))
+            return of_channel.expand(1, *linear.output_sizes)
+        if not self.local or fact.columns is None:
+            return affine(squared, like.new_ones(1, *sizes), None)
+        return affine(squared, fact.columns.to(like.dtype), None)
 
     def _norm(
-        self,
-        path: str,
-        operator: Operator,
-        rows: Tensor,
-        columns: Tensor | None,
-        sizes: list[int],
-        everything: Tensor,
-    ) -> Tensor:
-        """(B,) masked norms, and the radius times them; ``everything``: (B,) where no row or column goes."""
+        self, path: str, term: Term, fact: Fact, rows: Tensor, rows_left: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(B,) masked norms, and in the paper's mode the global ones, which its radius grows by; None for 1."""
+        linear = term.linear
+        if isinstance(linear, Identity):
+            return None, None
+        batch, units = len(fact.radius), math.prod(linear.output_sizes)
+        everything = rows_left == units
+        if fact.columns_left is not None:
+            everything = everything & (fact.columns_left == math.prod(linear.input_sizes))
         whole: Tensor | None = None
         start: Tensor | None = None
         if not self.local:
-            iterations = max(self.iterations, GLOBAL_ITERATIONS)
-            whole, start, _ = operator.norm(None, None, [1, *sizes], None, iterations)
+            whole, start, _ = iterated_norm(linear, None, None, 1, None, max(self.iterations, GLOBAL_ITERATIONS))
         if self.kept is not None and self.y is not None:
-            norm = self.kept.norm(len(self.norms), operator, rows, columns, sizes, self.y)
+            norm = self.kept.norm(term.index, linear, rows, fact.columns, self.y)
         else:
-            norm = self._fresh_norm(operator, rows, columns, sizes, everything, whole, start)
-        self.reach = self.reach * (norm if whole is None else whole)
+            norm = self._fresh_norm(linear, rows, fact.columns, batch, everything, whole, start)
         check_norm(path, norm)
-        return norm
+        return norm, whole
 
     def _fresh_norm(
         self,
-        operator: Operator,
+        linear: LinearMap,
         rows: Tensor,
         columns: Tensor | None,
-        sizes: list[int],
+        batch: int,
         everything: Tensor,
         whole: Tensor | None,
         start: Tensor | None,
     ) -> Tensor:
         """From the global singular vector; the samples that lose nothing have the global norm, ``whole``."""
-        one = [1, *sizes]
         if whole is None and (not values_are_at_hand(everything) or bool(everything.any())):
-            whole, start, _ = operator.norm(None, None, one, None, max(self.iterations, SHARED_ITERATIONS))
+            whole, start, _ = iterated_norm(linear, None, None, 1, None, max(self.iterations, SHARED_ITERATIONS))
         elif whole is None:
             with torch.no_grad():
-                steps = DENSE_START_ITERATIONS if operator.conv is None else START_ITERATIONS
-                start = operator.norm(None, None, one, None, steps)[1]
+                steps = DENSE_START_ITERATIONS if isinstance(linear, Dense) else START_ITERATIONS
+                start = iterated_norm(linear, None, None, 1, None, steps)[1]
         if whole is None or not values_are_at_hand(everything):
-            norm = operator.norm(rows, columns, [self.batch, *sizes], start, self.iterations)[0]
+            norm = iterated_norm(linear, rows, columns, batch, start, self.iterations)[0]
             return norm if whole is None else torch.where(everything, whole, norm)
         rest = (~everything).nonzero()[:, 0]
-        norm = whole.expand(self.batch)
+        norm = whole.expand(batch)
         if not len(rest):
             return norm
         columns = None if columns is None else columns[rest]
-        masked = operator.norm(rows[rest], columns, [len(rest), *sizes], start, self.iterations)[0]
+        masked = iterated_norm(linear, rows[rest], columns, len(rest), start, self.iterations)[0]
         return norm.index_copy(0, rest, masked)
 
-    def flatten(self) -> None:
-        self.values = self.values.flatten(1)
-        self.half_width = None if self.half_width is None else self.half_width.flatten(1)
-        self.column_mask = None if self.column_mask is None else self.column_mask.flatten(1)
+
+class Global(Estimate):
+    """The plain global bound: norms without masks, a ball, and no box."""
+
+    def __init__(self, iterations: int, kept: TrainingNorms | None = None) -> None:
+        super().__init__("local", iterations, kept)
+
+    def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
+        value, norms = None, []
+        for term, fact in zip(layer.terms, facts, strict=True):
+            own = affine(term.linear, fact.values, layer.bias if value is None else None)
+            value = own if value is None else value + own
+            norms.append(self._global_norm(layer.path, term, len(fact.radius)))
+        assert value is not None
+        out = layer.activation.function(value)
+        rows, columns = (torch.ones_like(t, dtype=torch.bool) for t in (value, out))
+        self.record(layer, [None] * len(facts), norms, rows, columns, None, counts(rows, columns))
+        radius = closed_radius(layer, [fact.radius for fact in facts], norms, _unchanged)
+        return Fact(out, None, radius, None, None)
+
+    def _global_norm(self, path: str, term: Term, batch: int) -> Tensor | None:
+        if isinstance(term.linear, Identity):
+            return None
+        if self.kept is not None:
+            norm = self.kept.shared_norm(term.index, term.linear)
+        else:
+            norm = iterated_norm(term.linear, None, None, 1, None, self.iterations)[0]
+        check_norm(path, norm)
+        return norm.expand(batch)
 
 
-def check_norm(path: str, norm: Tensor) -> None:
-    """ValueError by path where NaN or infinite weights made the norm NaN; not on a GPU."""
-    if values_are_at_hand(norm) and bool(norm.isnan().any()):
-        raise ValueError(f"{at(path)}: got NaN or infinite weights, want finite ones")
+def box_of(fact: Fact) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean values, and centre and half-width of the box."""
+    batch = len(fact.radius)
+    half_width = fact.half_width
+    if half_width is None:
+        half_width = fact.radius.view(-1, *[1] * (fact.values.dim() - 1))
+    return fact.values[:batch], fact.values[len(fact.values) - batch :], half_width
 
 
-def _monotone(activation: Activation, values: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
-    """Box through a monotone elementwise activation with slopes in [0, 1]."""
-    clean, centre = values.chunk(2)
-    lower, upper = activation(centre - half_width), activation(centre + half_width)
-    return torch.cat([activation(clean), (lower + upper) / 2]), (upper - lower) / 2
+def _with_box(fact: Fact) -> Fact:
+    if fact.half_width is not None:
+        return fact
+    wide = fact.radius.view(-1, *[1] * (fact.values.dim() - 1)).expand_as(fact.values)
+    return Fact(torch.cat([fact.values, fact.values]), wide, fact.radius, fact.columns, fact.columns_left)
+
+
+def _mask(mask: Tensor | None, values: Tensor, batch: int) -> Tensor:
+    return torch.ones_like(values[:batch], dtype=torch.bool) if mask is None else mask
+
+
+def _root(squares: Tensor) -> Tensor:
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()  # at 0 it has no gradient
+
+
+def affine(linear: LinearMap, x: Tensor, bias: Tensor | None) -> Tensor:
+    """A x + bias, by the ops where A is one kernel, or a kernel behind what moves numbers."""
+    if isinstance(linear, (Dense, Convolution)):
+        weight, inner, outer, geometry = linear.planar()
+        own = _by_channel(bias, weight, linear)
+        laid_out = x if list(x.shape[1:]) == inner else x.reshape(len(x), *inner)
+        result = ops.affine(laid_out, weight, own, *geometry)
+        result = result if linear.output_sizes == outer else result.reshape(len(x), *linear.output_sizes)
+        return result if bias is None or own is not None else result + bias
+    if isinstance(linear, Composed):
+        for part in linear.maps[:-1]:
+            x = affine(part, x, None)
+        return affine(linear.maps[-1], x, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x) if bias is None else linear(x) + bias
+
+
+def _by_channel(bias: Tensor | None, weight: Tensor, linear: LinearMap) -> Tensor | None:
+    """(m,) a bias that the op can take; None of another."""
+    channels = linear.output_sizes[0]
+    if bias is None or bias.numel() != channels or len(weight) != channels:
+        return None
+    if bias.dim() > 1 and list(bias.shape) != [1, channels, *[1] * (len(linear.output_sizes) - 1)]:
+        return None
+    if bias.dim() == 1 and len(linear.output_sizes) > 1:
+        return None
+    return bias.reshape(-1)

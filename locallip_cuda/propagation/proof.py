@@ -1,4 +1,4 @@
-"""Local bounds that are proofs: the pass of :mod:`.estimate` again, in float64 and rounded outward.
+"""Local bounds that are proofs: the pass in float64, rounded outward.
 
 What is proved is a statement about the network in real arithmetic with its weights as they are stored. Everything
 carried is a float64 number and a bound of its distance from the real one:
@@ -7,25 +7,31 @@ carried is a float64 number and a bound of its distance from the real one:
 - the box over the ball: centre c and half-width w, |real - c| <= w;
 - the radius r, rounded up.
 
-An affine layer with m terms to a row maps a centre x and half-width d to fl(W x + b) with half-width
-|W| (d + gamma |x|) + gamma |b|, gamma = gamma(m + 8): m + 2 roundings of the sum (Higham, section 3.1), and room for
-weights and biases that are themselves the result of up to 4 roundings (of AvgPool2d and Normalize). That half-width
-is again a sum of positive numbers, rounded up by its own relative error. Activations are monotone: they map the end
-points.
+A linear map with m terms to a row maps a centre x and half-width d to fl(W x) with half-width |W| (d + gamma |x|),
+gamma = gamma(m + k + 8): m roundings of the sum (Higham, section 3.1), and k of the entries where those are computed
+(of BatchNorm, averages, Normalize). That half-width is again a sum of positive numbers, rounded up by its own relative
+error. A map that was folded into one kernel is taken with the kernel's entries, and what these may be off by,
+gamma(m + k + 16) of the sizes of what they were summed from, is applied to the same box. Activations that rise map the
+end points; those that fall first have their least value between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..nn import halves
-from ..norms.masked_norm import norm_bound
+from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Sum
+from ..norms.linear_bound import absolute_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up
-from .layers import Activation, Leaf, Operator, UnsupportedModuleError, at
+from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, closed_radius, joined_radius
+from .recursion import Pass, counts
+from .rules import Activation
+from .trace import Trace, at
 
 # relative and absolute error that is allowed to a smooth activation of torch in float64, in units of UNIT
 SMOOTH_ERROR = 16
@@ -46,44 +52,112 @@ def _centred(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     return centre, torch.maximum(up(upper - centre), up(centre - lower))
 
 
-def affine(operator: Operator, centre: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre and half-width of what ``operator``, with float64 weights, maps a box to."""
-    terms = operator.weight[0].numel()
-    size, relative = operator.weight.abs(), gamma(terms + 8)
-    bias = None if operator.bias is None else operator.bias.abs() * relative
-    out = operator(centre, operator.weight, operator.bias)
-    spread = operator(up(half_width + relative * centre.abs() * (1 + 4 * UNIT)), size, bias)
-    return out, up(spread * (1 + gamma(terms + 16)) + 4 * (terms + 4) * TINY)
+def _apply(linear: LinearMap, x: Tensor) -> Tensor:
+    """A x of one kernel, by the op, which keeps cuDNN out."""
+    if not isinstance(linear, (Dense, Convolution)):
+        return linear(x)
+    weight, inner, _, geometry = linear.planar()
+    return ops.affine(x.reshape(len(x), *inner), weight, None, *geometry).reshape(len(x), *linear.output_sizes)
 
 
-def row_norms(operator: Operator, columns: Tensor) -> Tensor:
-    """At least ``||W_i * columns||`` of every row i."""
-    terms = operator.weight[0].numel()
-    squared = operator(columns, operator.weight.square())
-    return up((squared * (1 + gamma(terms + 8)) + 4 * terms * TINY).sqrt()) * (1 + 4 * UNIT)
+def enclosed(linear: LinearMap, centre: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and half-width of what a map in float64 makes of a box."""
+    if isinstance(linear, (Identity, Rearrangement)):
+        return linear(centre), linear(half_width)
+    if isinstance(linear, Composed):
+        for part in linear.maps:
+            centre, half_width = enclosed(part, centre, half_width)
+        return centre, half_width
+    if isinstance(linear, Sum):
+        boxes = [enclosed(part, centre, half_width) for part in linear.maps]
+        return _sum(boxes)
+    relative = gamma(linear.terms + linear.roundings + 8)
+    out = _apply(linear, centre)
+    spread = _apply(linear.absolute(), up(half_width + relative * centre.abs() * (1 + 4 * UNIT)))
+    return out, up(spread * (1 + gamma(linear.terms + linear.roundings + 16)) + 4 * (linear.terms + 4) * TINY)
 
 
-def check_provable(modules: Sequence[Leaf]) -> None:
-    """UnsupportedModuleError for a module that the estimate supports and no proof does.
+def _sum(boxes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    (centre, half_width), *others = boxes
+    for other, spread in others:
+        centre = centre + other
+        half_width = up(up(half_width + spread) + (2 * UNIT * centre.abs() + TINY))
+    return centre, half_width
+
+
+def magnitude(linear: LinearMap, sizes: Tensor) -> Tensor:
+    """At least |A| ``sizes``, of sizes >= 0."""
+    if isinstance(linear, (Identity, Rearrangement)):
+        return linear(sizes)
+    if isinstance(linear, Composed):
+        for part in linear.maps:
+            sizes = magnitude(part, sizes)
+        return sizes
+    if isinstance(linear, Sum):
+        total = magnitude(linear.maps[0], sizes)
+        for part in linear.maps[1:]:
+            total = up(total + magnitude(part, sizes))
+        return total
+    spread = _apply(linear.absolute(), sizes)
+    return up(spread * (1 + gamma(linear.terms + 2 * linear.roundings + 16)) + 4 * (linear.terms + 4) * TINY)
+
+
+def affine(terms: Sequence[Term], layer: Layer, boxes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Centre and half-width of an affine value, of the boxes of its facts."""
+    found = []
+    for term, (centre, half_width) in zip(terms, boxes, strict=True):
+        out, spread = enclosed(term.linear, centre, half_width)
+        if term.linear is not term.parts:
+            off = magnitude(term.parts, up(centre.abs() + half_width)) * _folding(term)
+            spread = up(spread + up(off))
+        found.append((out, spread))
+    centre, half_width = _sum(found)
+    if layer.bias is not None and layer.bias_size is not None:
+        centre = centre + layer.bias
+        off = layer.bias_size.abs() * gamma(layer.bias_terms + 8) + 2 * UNIT * centre.abs()
+        half_width = up(half_width + off * (1 + 8 * UNIT) + 4 * TINY)
+    return centre, half_width
+
+
+def _folding(term: Term) -> float:
+    """What the entries of a folded map are off by, of the sizes of what they were summed from."""
+    return gamma(term.parts.terms + term.parts.roundings + 16) * (1 + 8 * UNIT)
+
+
+def row_norms(term: Term, columns: Tensor) -> Tensor:
+    """At least ``||A_i * columns||`` of every row i."""
+    if isinstance(term.linear, Identity):
+        return columns
+    squares = magnitude(term.linear.squared(), columns)
+    found = up(squares.sqrt()) * (1 + 4 * UNIT)
+    if term.linear is not term.parts:
+        found = up(found + up(magnitude(term.parts, columns) * _folding(term)))
+    return found
+
+
+def check_provable(model: nn.Module, trace: Trace, graph: Graph) -> None:
+    """UnsupportedModuleError for what the estimate supports and no proof does.
 
     In training mode a parametrisation may give other weights at every read, as torch's spectral_norm does.
     """
-    for leaf in modules:
-        if leaf.kind is nn.Softplus:
+    for layer in graph.layers:
+        if layer.activation.unproved:
             raise UnsupportedModuleError(
-                f"{at(leaf.path)}: {leaf.module} has no proof, because torch's jumps at its threshold; "
-                "want another activation, or guarantee='estimate'"
+                f"{at(layer.activation_path)}: the activation has no proof, because {layer.activation.unproved}; "
+                "want another, or guarantee='estimate'"
             )
-        for name, tensor in (*leaf.module.named_parameters(), *leaf.module.named_buffers()):
+    for node in trace.nodes:
+        for tensor in node.tensors():
             if type(tensor) not in (Tensor, nn.Parameter):
                 raise UnsupportedModuleError(
-                    f"{at(leaf.path)}: its {name} is a {type(tensor).__name__} and has no bound, because it may "
-                    "compute otherwise than a tensor; want a torch.Tensor"
+                    f"{at(node.path)}: takes a {type(tensor).__name__} and has no bound, because it may compute "
+                    "otherwise than a tensor; want a torch.Tensor"
                 )
-        for name in getattr(leaf.module, "parametrizations", ()):
-            if not torch.equal(getattr(leaf.module, name), getattr(leaf.module, name)):
+    for path, module in model.named_modules():
+        for name in getattr(module, "parametrizations", ()):
+            if not torch.equal(getattr(module, name), getattr(module, name)):
                 raise UnsupportedModuleError(
-                    f"{at(leaf.path)}: its parametrised {name} changes from one read to the next; want eval mode"
+                    f"{at(path)}: its parametrised {name} changes from one read to the next; want eval mode"
                 )
 
 
@@ -92,27 +166,19 @@ class Rounded:
 
     def __init__(self, activation: Activation) -> None:
         self.kind, self.activation = activation.kind, activation
-        self.first = None if activation.first is None else activation.first.detach().double()
-        self.second = None if activation.second is None else activation.second.detach().double()
+        self.first, self.second = activation.first, activation.second
 
-    def __call__(self, z: Tensor, direction: int) -> Tensor:
-        """phi(z), rounded to +inf (``direction`` 1) or to -inf (-1), or as it is (0)."""
-        match self.kind:
-            case "identity":
-                return z
-            case "relu":
-                return z.clamp_min(0)
-            case "clipped_relu":
-                assert self.first is not None
-                return torch.minimum(z.clamp_min(0), self.first)
-            case "maxmin" | "clipped_maxmin":
-                a, b = halves(type(self.activation.module).__name__, z)
-                largest, smallest = torch.maximum(a, b), torch.minimum(a, b)
-                if self.first is not None and self.second is not None:
-                    largest, smallest = torch.minimum(largest, self.first), torch.maximum(smallest, self.second)
-                return torch.cat([largest, smallest], 1)
-        value = self.activation(z)
-        return value if not direction else value + direction * (SMOOTH_ERROR * UNIT * (1 + value.abs()) + TINY)
+    def __call__(self, z: Tensor) -> Tensor:
+        """phi(z), as float64 has it."""
+        return self.activation.function(z)
+
+    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """At most the least value between ``lower`` and ``upper``, and at least the largest."""
+        least, most = self.activation.interval(lower, upper)
+        if self.activation.exact:
+            return least, most
+        low, high = (SMOOTH_ERROR * UNIT * (1 + value.abs()) + TINY for value in (least, most))
+        return least - low, most + high
 
     def varying(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row mask, column mask, and the two sparsity terms (B, 2) of :func:`locallip_cuda.losses.sparsity`."""
@@ -122,6 +188,10 @@ class Rounded:
             return t.clamp_min(0).flatten(1).mean(1)
 
         varies = torch.ones_like(lower, dtype=torch.bool)
+        if not self.kind:
+            rows = self.activation.rows(lower, upper)
+            columns = torch.ones_like(self(lower), dtype=torch.bool)
+            return varies if rows is None else rows, columns, torch.stack([zero, zero], 1)
         if self.kind in ("relu", "clipped_relu"):
             varies, slack = ~(upper <= 0), [mean(upper), zero]
             if self.first is not None:
@@ -140,116 +210,143 @@ class Rounded:
         return torch.cat([row_a, row_b], 1), torch.cat([top_varies, bottom_varies], 1), torch.stack(slack, 1)
 
 
-class ProvedPropagation:
-    """The state of one pass: what is proved of the values behind the layers that have been passed."""
+@dataclass(eq=False)
+class Fact:
+    """What is proved of one value: it is within ``error`` of ``values``, over the ball within ``half_width`` of
+    ``centre``, and within ``radius`` (B,) of itself. Without a box where the ball lies inside it, as in the estimate.
+    columns: bool, what can vary; None for all."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        eps: Tensor,
-        radius: str,
-        guarantee: str,
-        failure_probability: float,
-        seed: int | None,
-        operators: int,
-    ) -> None:
-        """``operators``: how many there are, the last one not counted; they share the failure probability."""
-        if not bool(x.isfinite().all()):
-            raise ValueError("x: got NaN or infinite values, want finite ones")
-        self.batch, self.eps, self.local, self.guarantee = len(x), eps, radius == "local", guarantee
-        self.dtype = x.dtype
-        norms = max(operators * (1 if self.local else 2), 1)
-        self.failure_probability, self.seed = failure_probability / norms, seed
-        self.values = x.detach().to(torch.float64, copy=True)
-        self.error = torch.zeros_like(self.values)
-        # as in the estimate: at the input the ball lies inside the box, and needs none behind the first operator
-        self.centre: Tensor | None = None
-        self.half_width: Tensor | None = None
-        self.reach = self.eps
-        self.column_mask: Tensor | None = None
-        self.row_masks: list[Tensor] = []
-        self.column_masks: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.sparsity_terms: list[Tensor] = []
-        self.operators: list[tuple[Operator, list[int]]] = []
-        self.input_masks: list[Tensor | None] = []
-
-    def pass_layer(self, path: str, operator: Operator | None, activation: Activation) -> None:
-        """One layer: ``operator`` (the identity where None), then ``activation``."""
-        rounded = Rounded(activation)
-        sizes, columns = list(self.values.shape[1:]), self.column_mask
-        considered = self.values.new_ones(1, *sizes) if columns is None or not self.local else columns.double()
-        norms = considered
-        if operator is not None:
-            operator = self.exact(path, operator)
-            self.values, self.error = affine(operator, self.values, self.error)
-            if self.centre is not None and self.half_width is not None:
-                self.centre, self.half_width = affine(operator, self.centre, self.half_width)
-            norms = row_norms(operator, considered)
-        activation(self.values[:1])  # raises where its shape does not fit
-        reach = self.reach.view(-1, *[1] * len(self.values.shape[1:]))
-        lower, upper = _end_points(self.values, up(up(reach * norms) + self.error))
-        if self.centre is not None and self.half_width is not None:
-            box = _end_points(self.centre, self.half_width)
-            lower, upper = torch.maximum(lower, box[0]), torch.minimum(upper, box[1])
-        rows, self.column_mask, slack = rounded.varying(lower, upper)
-        clean = _end_points(self.values, self.error)
-        least, most = rounded(clean[0], -1), rounded(clean[1], 1)
-        self.values = rounded(self.values, 0)  # what float64 makes of it: the middle would drift with the error
-        self.error = torch.maximum(up(most - self.values), up(self.values - least))
-        self.centre, self.half_width = _centred(rounded(lower, -1), rounded(upper, 1))
-        if operator is None:
-            return
-        if not self.local and activation.kind == "clipped_maxmin":
-            rows = torch.ones_like(rows)  # the paper removes none
-        norm = self._norm(path, operator, rows, columns, [self.batch, *sizes])
-        reach = norm if self.local else self._norm(path, operator, None, None, [1, *sizes])
-        self.reach = up(self.reach * reach)
-        self.norms.append(norm)
-        self.row_masks.append(rows)
-        self.column_masks.append(self.column_mask)
-        self.sparsity_terms.append(slack.sum(0) / max(self.batch, 1))
-        self.operators.append((operator, sizes))
-        self.input_masks.append(columns)
-
-    def exact(self, path: str, operator: Operator) -> Operator:
-        """``operator`` with its weights in float64; ValueError where the values do not fit it."""
-        if operator.weight.dtype not in (self.dtype, torch.float64):
-            raise ValueError(f"x: got {self.dtype}, want {operator.weight.dtype} as {at(path)}")
-        exact = operator.snapshot(torch.float64)
-        exact.check_input(path, self.values)
-        return exact
-
-    def _norm(
-        self, path: str, operator: Operator, rows: Tensor | None, columns: Tensor | None, shape: list[int]
-    ) -> Tensor:
-        try:
-            upper, _ = norm_bound(
-                operator.weight,
-                rows,
-                columns,
-                shape,
-                operator.geometry,
-                self.guarantee,
-                self.failure_probability,
-                TIGHTNESS,
-                self.seed,
-            )
-        except ValueError as error:
-            raise ValueError(f"{at(path)}: {error}") from None
-        return up(upper * (1 + operator.relative_error))
+    values: Tensor
+    error: Tensor
+    centre: Tensor | None
+    half_width: Tensor | None
+    radius: Tensor
+    columns: Tensor | None
 
     def box(self) -> tuple[Tensor, Tensor]:
-        """End points of the box."""
-        if self.centre is None or self.half_width is None:
-            return _end_points(self.values, self.eps.unsqueeze(1))
-        return _end_points(self.centre, self.half_width)
-
-    def flatten(self) -> None:
-        self.values, self.error = self.values.flatten(1), self.error.flatten(1)
+        """Centre and half-width."""
         if self.centre is not None and self.half_width is not None:
-            self.centre, self.half_width = self.centre.flatten(1), self.half_width.flatten(1)
-        self.column_mask = None if self.column_mask is None else self.column_mask.flatten(1)
+            return self.centre, self.half_width
+        wide = up(self.radius.view(-1, *[1] * (self.values.dim() - 1)) + self.error)
+        return self.values, wide
+
+    def end_points(self) -> tuple[Tensor, Tensor]:
+        """Of the box."""
+        return _end_points(*self.box())
+
+
+class Proof(Pass[Fact]):
+    """operators: how many norms share the failure probability."""
+
+    rounded = staticmethod(up)
+
+    def __init__(
+        self, radius: str, guarantee: str, failure_probability: float, seed: int | None, operators: int
+    ) -> None:
+        super().__init__(local=radius == "local")
+        self.guarantee, self.seed = guarantee, seed
+        self.failure_probability = failure_probability / max(operators * (1 if self.local else 2), 1)
+
+    def start(self, x: Tensor, eps: Tensor) -> Fact:
+        if not bool(x.isfinite().all()):
+            raise ValueError("x: got NaN or infinite values, want finite ones")
+        values = x.detach().to(torch.float64, copy=True)
+        return Fact(values, torch.zeros_like(values), None, None, eps, None)
+
+    def viewed(self, step: View, fact: Fact) -> Fact:
+        move = step.rearrangement
+        columns = fact.columns
+        if columns is not None:
+            columns = move.of_mask(columns)
+        elif not move.bijective:
+            ones = torch.ones(1, *move.input_sizes, dtype=torch.bool, device=fact.values.device)
+            columns = move.of_mask(ones).expand(len(fact.radius), *move.output_sizes)
+        box = [None if t is None else move(t) for t in (fact.centre, fact.half_width)]
+        return Fact(move(fact.values), move(fact.error), box[0], box[1], fact.radius, columns)
+
+    def joined(self, step: Joined, facts: Sequence[Fact]) -> Fact:
+        values, error = (torch.cat(list(t), step.dim) for t in zip(*((f.values, f.error) for f in facts), strict=True))
+        boxes: list[Tensor | None] = [None, None]
+        if any(fact.centre is not None for fact in facts):
+            boxes = [torch.cat(list(t), step.dim) for t in zip(*(fact.box() for fact in facts), strict=True)]
+        columns = None
+        if any(fact.columns is not None for fact in facts):
+            columns = torch.cat(
+                [torch.ones_like(f.values, dtype=torch.bool) if f.columns is None else f.columns for f in facts],
+                step.dim,
+            )
+        return Fact(values, error, boxes[0], boxes[1], joined_radius([f.radius for f in facts], up), columns)
+
+    def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
+        rounded, terms = Rounded(layer.activation), layer.terms
+        values, error = affine(terms, layer, [(fact.values, fact.error) for fact in facts])
+        reach: Tensor | None = None
+        for term, fact in zip(terms, facts, strict=True):
+            considered = fact.values.new_ones(1, *fact.values.shape[1:])
+            if fact.columns is not None and self.local:
+                considered = fact.columns.double()
+            own = up(fact.radius.view(-1, *[1] * len(layer.sizes)) * row_norms(term, considered))
+            reach = own if reach is None else up(reach + own)
+        assert reach is not None
+        lower, upper = _end_points(values, up(reach + error))
+        if any(fact.centre is not None for fact in facts):
+            box = _end_points(*affine(terms, layer, [fact.box() for fact in facts]))
+            lower, upper = torch.maximum(lower, box[0]), torch.minimum(upper, box[1])
+        rows, columns, slack = rounded.varying(lower, upper)
+        least, most = rounded.interval(*_end_points(values, error))
+        values = rounded(values)  # what float64 makes of it: the middle would drift with the error
+        error = torch.maximum(up(most - values), up(values - least))
+        centre, half_width = _centred(*rounded.interval(lower, upper))
+        if not self.local and layer.activation.kind == "clipped_maxmin":
+            rows = torch.ones_like(rows)  # the paper removes none
+        norms = [self._norm(layer.path, t, rows, fact.columns, fact) for t, fact in zip(terms, facts, strict=True)]
+        growth = norms
+        if not self.local:
+            growth = [self._whole(layer.path, t, fact) for t, fact in zip(terms, facts, strict=True)]
+        radius = closed_radius(layer, [fact.radius for fact in facts], growth, up)
+        self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack, counts(rows, columns))
+        return Fact(values, error, centre, half_width, radius, columns)
+
+    def _norm(self, path: str, term: Term, rows: Tensor, columns: Tensor | None, fact: Fact) -> Tensor | None:
+        if isinstance(term.linear, Identity):
+            return None
+        return self._proved(path, term, rows, columns, len(fact.radius))
+
+    def _whole(self, path: str, term: Term, fact: Fact) -> Tensor | None:
+        return None if isinstance(term.linear, Identity) else self._proved(path, term, None, None, 1)
+
+    def _proved(self, path: str, term: Term, rows: Tensor | None, columns: Tensor | None, batch: int) -> Tensor:
+        more = (self.guarantee, self.failure_probability, TIGHTNESS, self.seed)
+        return term_norm(path, term, rows, columns, batch, *more)
+
+
+def term_norm(
+    path: str,
+    term: Term,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    batch: int,
+    guarantee: str,
+    failure_probability: float,
+    tightness: float,
+    seed: int | None,
+) -> Tensor:
+    """(B,) at least the masked norm of a term as it is written in the network. ValueError by path."""
+    try:
+        norm = proved_norm(term.linear, rows, columns, batch, guarantee, failure_probability, tightness, seed)
+    except ValueError as error:
+        raise ValueError(f"{at(path)}: {error}") from None
+    if term.linear is term.parts and not term.parts.roundings:
+        return norm
+    return up(norm + up(absolute_norm(term.parts, rows, columns, batch) * _folding(term)))
+
+
+def last_weight(term: Term) -> tuple[Tensor, Tensor | None]:
+    """(K, h) rows of a last layer's term, and what they may be off by; None where they are stored."""
+    weight = term.linear.dense()
+    if isinstance(term.linear, (Dense, Identity)) and term.linear is term.parts:
+        return weight, None
+    return weight, up(term.parts.absolute().dense().abs() * (2 * _folding(term)) + 2.0**-900)
 
 
 def gains(
@@ -260,6 +357,7 @@ def gains(
     radius: Tensor,
     weight: Tensor,
     labels: Tensor,
+    weight_error: Tensor | None = None,
 ) -> Tensor:
     """(B, K) at least what logit j can gain on the label's over the ball and the box: the dual, rounded up.
 
@@ -269,14 +367,21 @@ def gains(
     sum by gamma(h + 16) of the sizes of its terms.
 
     Args: features, error, lower, upper (B, h): clean features within ``error``, and their box; radius (B,), weight
-    (K, h), labels (B,). All float64 but labels.
+    (K, h), labels (B,). All float64 but labels. weight_error (K, h): what ``weight`` may be off by, or None.
     """
     parts = []
     chunk = max(CHUNK // weight.numel(), 1)
     for first in range(0, len(features), chunk):
         own = [t[first : first + chunk] for t in (features, error, lower, upper, radius, labels)]
         parts.append(_gains_of_chunk(weight, *own))
-    return torch.cat(parts) if parts else features.new_empty(0, len(weight))
+    if not parts:
+        return features.new_empty(0, len(weight))
+    found = torch.cat(parts)
+    if weight_error is None:
+        return found
+    furthest = up(torch.maximum((upper - features).abs(), (features - lower).abs())) + error
+    off = (furthest @ weight_error.T) * (1 + gamma(weight.shape[1] + 16))
+    return up(found + up(off + off.gather(1, labels.unsqueeze(1))) * (1 + 8 * UNIT) + TINY)
 
 
 def _gains_of_chunk(

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..norms.linear import Adjoint, Convolution, Dense, Identity, LinearMap, Rearrangement, Scaling, composed
-from ..shapes import several
+from ..nn import clipped_maxmin, clipped_relu, maxmin
+from ..norms.linear import Adjoint, Convolution, Dense, Identity, LinearMap, Rearrangement, Reshape, Scaling, composed
+from ..shapes import output_size, several
 
 
 @dataclass
@@ -30,33 +32,55 @@ class Site:
 
 @dataclass
 class Affine:
-    """``linear`` x + ``bias``; the bias (1, *output) or what broadcasts to it."""
+    """``linear`` x + ``bias``; the bias (1, *output) or what broadcasts to it.
+
+    bias_size: where the bias is a sum in which terms may cancel, the sum of their sizes.
+    """
 
     linear: LinearMap
     bias: Tensor | None = None
+    bias_size: Tensor | None = None
 
 
 @dataclass
-class Elementwise:
-    """A function of every number by itself.
+class Activation:
+    """A function that rises, or falls and then rises, in every number that it takes.
 
-    lipschitz: its constant. valley: it falls below and rises above that number; None where it rises everywhere.
+    function: of a batch.   lipschitz: its constant in the l2 norm.
+    kind: the name by which the ops know it, with ``first`` and ``second``, its thresholds; "" for another.
+    valley: where a function of every number by itself turns from falling to rising; None where it rises everywhere.
+    exact: whether ``function`` does not round.   unproved: why there is no proof of it, if there is none.
     """
 
     function: Callable[[Tensor], Tensor]
     lipschitz: float = 1.0
     valley: float | None = None
+    kind: str = ""
+    first: Tensor | None = None
+    second: Tensor | None = None
+    exact: bool = False
+    unproved: str = ""
 
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest value between ``lower`` and ``upper``, but for rounding."""
         low, high = self.function(lower), self.function(upper)
         if self.valley is None:
             return low, high
-        bottom = torch.full_like(lower, self.valley).clamp(lower, upper)
+        bottom = torch.minimum(torch.maximum(torch.full_like(lower, self.valley), lower), upper)
         return self.function(bottom), torch.maximum(low, high)
 
+    def rows(self, lower: Tensor, upper: Tensor) -> Tensor | None:
+        """Which of the inputs between ``lower`` and ``upper`` can still change the outputs; None for all.
 
-Rule = Callable[..., Affine | Elementwise]
+        Of an activation that the ops know they tell it themselves.
+        """
+        return None
+
+
+IDENTITY = Activation(lambda x: x, kind="identity", exact=True)
+
+
+Rule = Callable[..., Affine | Activation]
 AnyRule = TypeVar("AnyRule", bound=Rule)
 RULES: dict[Callable[..., Any], Rule] = {}
 
@@ -69,6 +93,10 @@ def rule(*functions: Callable[..., Any]) -> Callable[[AnyRule], AnyRule]:
         return build
 
     return registered
+
+
+# At least how many the entries of maps come from that are computed here.
+ROUNDINGS = 8
 
 
 # ---- weights ----
@@ -149,10 +177,11 @@ def _batch_norm(
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -running_mean * scale
+    size = shift.abs() if bias is None else shift.abs() + bias.abs()
     shift = shift if bias is None else shift + bias
     rest = len(at.input_sizes) - 1
     factor = scale.view(1, -1, *[1] * rest)
-    return Affine(Scaling(factor, at.input_sizes), _by_channel(shift, rest))
+    return Affine(Scaling(factor, at.input_sizes, ROUNDINGS), _by_channel(shift, rest), _by_channel(size, rest))
 
 
 # ---- averages ----
@@ -163,7 +192,7 @@ def _average(
 ) -> Affine:
     channels = at.input_sizes[0]
     weight = at.like.new_full((channels, 1, *kernel), 1 / (divisor or math.prod(kernel)))
-    return Affine(Convolution(weight, at.input_sizes, stride, padding, [1] * len(kernel), channels))
+    return Affine(Convolution(weight, at.input_sizes, stride, padding, [1] * len(kernel), channels, ROUNDINGS))
 
 
 @rule(torch.avg_pool1d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -210,7 +239,7 @@ def _mean(at: Site, value: Any, dim: Any = None, keepdim: bool = False, *, dtype
     )
     length = [math.prod(averaged)]
     pool = _average(Site(before.output_sizes, [], at.like), length, length, [0]).linear
-    after = Rearrangement(lambda x: x.reshape(len(x), *at.output_sizes), pool.output_sizes, at.like)
+    after = Reshape(pool.output_sizes, at.output_sizes, at.like)
     return Affine(composed(composed(before, pool), after))
 
 
@@ -227,10 +256,10 @@ def _constant(at: Site, other: Any) -> Tensor:
     return constant
 
 
-def _scaled(at: Site, factor: Tensor) -> LinearMap:
+def _scaled(at: Site, factor: Tensor, roundings: int = 0) -> LinearMap:
     if at.input_sizes != at.output_sizes:
         raise ValueError(f"a constant that makes {tuple(at.output_sizes)} of {tuple(at.input_sizes)}, want the same")
-    return Scaling(factor, at.input_sizes)
+    return Scaling(factor, at.input_sizes, roundings)
 
 
 @rule(Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__)
@@ -242,7 +271,7 @@ def _times(at: Site, value: Any, other: Any) -> Affine:
 def _divided(at: Site, value: Any, other: Any, *, rounding_mode: str | None = None) -> Affine:
     if rounding_mode is not None:
         raise ValueError(f"rounding_mode={rounding_mode!r}, want None")
-    return Affine(_scaled(at, 1 / _constant(at, other)))
+    return Affine(_scaled(at, 1 / _constant(at, other), ROUNDINGS))
 
 
 @rule(Tensor.neg, torch.neg, Tensor.__neg__)
@@ -277,7 +306,7 @@ def _from(at: Site, value: Any, other: Any) -> Affine:
 def _reshape(at: Site, value: Any, *sizes: Any, **more: Any) -> Affine:
     if math.prod(at.input_sizes) != math.prod(at.output_sizes):
         raise ValueError(f"one that makes {tuple(at.output_sizes)} of {tuple(at.input_sizes)}, want each sample whole")
-    return Affine(Rearrangement(lambda x: x.reshape(len(x), *at.output_sizes), at.input_sizes, at.like))
+    return Affine(Reshape(at.input_sizes, at.output_sizes, at.like))
 
 
 @rule(Tensor.contiguous, Tensor.clone, torch.clone)
@@ -290,6 +319,10 @@ def _dropout(at: Site, value: Any, p: float = 0.5, training: bool = True, inplac
     if training:
         raise ValueError("training mode, want eval mode")
     return _same(at, value)
+
+
+def rearranged(at: Site, function: Callable[[Tensor], Tensor]) -> Affine:
+    return Affine(Rearrangement(function, at.input_sizes, at.like))
 
 
 def _rearranged(function: Callable[..., Any]) -> None:
@@ -332,21 +365,24 @@ def _resized(
 # ---- activations ----
 
 
-def _activation(*functions: Callable[..., Any], lipschitz: float = 1.0, valley: float | None = None) -> None:
+def _activation(
+    *functions: Callable[..., Any], lipschitz: float = 1.0, valley: float | None = None, **more: Any
+) -> None:
     """A rule for functions that have no arguments, or none that matters here."""
     for function in functions:
 
-        def build(at: Site, value: Any, *, inplace: bool = False, function: Any = function) -> Elementwise:
-            return Elementwise(function, lipschitz, valley)
+        def build(at: Site, value: Any, *, inplace: bool = False, function: Any = function) -> Activation:
+            return Activation(function, lipschitz, valley, **more)
 
         rule(function)(build)
 
 
-_activation(F.relu, torch.relu, Tensor.relu)
+_activation(F.relu, torch.relu, Tensor.relu, kind="relu", exact=True)
+_activation(F.relu6, exact=True)
 _activation(F.tanh, torch.tanh, Tensor.tanh)
 _activation(F.sigmoid, torch.sigmoid, Tensor.sigmoid, lipschitz=0.25)
 _activation(F.hardsigmoid, lipschitz=1 / 6 * (1 + 1e-7))  # a float32 sixth is in torch's gradient
-_activation(torch.abs, Tensor.abs, Tensor.__abs__, valley=0.0)
+_activation(torch.abs, Tensor.abs, Tensor.__abs__, valley=0.0, exact=True)
 # Largest slopes, rounded up, and where the functions are least.
 _activation(F.silu, lipschitz=1.09983932014, valley=-1.278464542761074)
 _activation(F.mish, lipschitz=1.08849816126, valley=-1.1924312145154952)
@@ -354,54 +390,151 @@ _activation(F.hardswish, lipschitz=1.5, valley=-1.5)
 
 
 @rule(F.gelu)
-def _gelu(at: Site, value: Any, approximate: str = "none") -> Elementwise:
+def _gelu(at: Site, value: Any, approximate: str = "none") -> Activation:
     lipschitz, valley = 1.12890414519, -0.7517915246935645
     if approximate == "tanh":
         lipschitz, valley = 1.12899306868, -0.7524614220710163
-    return Elementwise(lambda x: F.gelu(x, approximate=approximate), lipschitz, valley)
+    return Activation(lambda x: F.gelu(x, approximate=approximate), lipschitz, valley)
 
 
 @rule(F.leaky_relu)
-def _leaky_relu(at: Site, value: Any, negative_slope: float = 0.01, inplace: bool = False) -> Elementwise:
+def _leaky_relu(at: Site, value: Any, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
     if not 0 <= negative_slope <= 1:
         raise ValueError(f"negative_slope={negative_slope}, want one in [0, 1]")
-    return Elementwise(lambda x: F.leaky_relu(x, negative_slope))
+    return Activation(lambda x: F.leaky_relu(x, negative_slope))
 
 
 @rule(F.elu)
-def _elu(at: Site, value: Any, alpha: float = 1.0, inplace: bool = False) -> Elementwise:
+def _elu(at: Site, value: Any, alpha: float = 1.0, inplace: bool = False) -> Activation:
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha}, want 0 < alpha <= 1")
-    return Elementwise(lambda x: F.elu(x, alpha))
+    return Activation(lambda x: F.elu(x, alpha))
 
 
 @rule(F.celu)
-def _celu(at: Site, value: Any, alpha: float = 1.0, inplace: bool = False) -> Elementwise:
+def _celu(at: Site, value: Any, alpha: float = 1.0, inplace: bool = False) -> Activation:
     if not alpha > 0:
         raise ValueError(f"alpha={alpha}, want alpha > 0")
-    return Elementwise(lambda x: F.celu(x, alpha))
+    return Activation(lambda x: F.celu(x, alpha))
 
 
 @rule(F.hardtanh)
-def _hardtanh(at: Site, value: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Elementwise:
-    return Elementwise(lambda x: F.hardtanh(x, min_val, max_val))
+def _hardtanh(at: Site, value: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Activation:
+    return Activation(lambda x: F.hardtanh(x, min_val, max_val), exact=True)
 
 
-@rule(F.relu6)
-def _relu6(at: Site, value: Any, inplace: bool = False) -> Elementwise:
-    return Elementwise(F.relu6)
+@rule(Tensor.clamp, torch.clamp, Tensor.clip, torch.clip)
+def _clamp(at: Site, value: Any, min: Any = None, max: Any = None) -> Activation:  # noqa: A002
+    if any(isinstance(limit, Tensor) and limit.dim() > 1 and len(limit) != 1 for limit in (min, max)):
+        raise ValueError("limits that differ between samples, want the same for every sample")
+    return Activation(lambda x: x.clamp(min, max), exact=True)
 
 
 @rule(F.softplus)
-def _softplus(at: Site, value: Any, beta: float = 1.0, threshold: float = 20.0) -> Elementwise:
+def _softplus(at: Site, value: Any, beta: float = 1.0, threshold: float = 20.0) -> Activation:
     if not beta > 0 or threshold < 20:  # below, torch's jumps down at the threshold
         raise ValueError(f"beta={beta}, threshold={threshold}, want beta > 0 and threshold >= 20")
-    return Elementwise(lambda x: F.softplus(x, beta, threshold))
+    jumps = "torch's jumps at its threshold"
+    return Activation(lambda x: F.softplus(x, beta, threshold), unproved=jumps)
 
 
 @rule(torch.prelu)
-def _prelu(at: Site, value: Any, weight: Tensor) -> Elementwise:
+def _prelu(at: Site, value: Any, weight: Tensor) -> Activation:
     slopes = weight.detach()
     if not bool(((slopes >= 0) & (slopes <= 1)).all()):
         raise ValueError(f"slopes in [{float(slopes.min()):.3g}, {float(slopes.max()):.3g}], want them in [0, 1]")
-    return Elementwise(lambda x: F.prelu(x, weight.to(x)))
+    return Activation(lambda x: F.prelu(x, weight.to(x)))
+
+
+@rule(clipped_relu)
+def _clipped_relu(at: Site, value: Any, threshold: Tensor) -> Activation:
+    return Activation(lambda z: clipped_relu(z, threshold), kind="clipped_relu", first=threshold, exact=True)
+
+
+@rule(maxmin)
+def _maxmin(at: Site, value: Any) -> Activation:
+    return Activation(maxmin, kind="maxmin", exact=True)
+
+
+@rule(clipped_maxmin)
+def _clipped_maxmin(at: Site, value: Any, upper: Tensor, lower: Tensor) -> Activation:
+    function = partial(clipped_maxmin, upper=upper, lower=lower)
+    return Activation(function, kind="clipped_maxmin", first=upper, second=lower, exact=True)
+
+
+# ---- maxima ----
+
+
+@dataclass
+class MaxPool(Activation):
+    """Maxima over windows. inputs: (outputs, taps) int64, which input each tap of a window is; -1 for none."""
+
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+
+    def rows(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Those that are the maximum of a window that holds them, for some values: not below the lower bound of
+        another of its units."""
+        most = self.function(lower).flatten(1).unsqueeze(2).expand(-1, *self.inputs.shape)
+        flat, there = lower.flatten(1), self.inputs >= 0
+        least = torch.full_like(flat, math.inf)
+        index = self.inputs.clamp_min(0).flatten().expand(len(flat), -1)
+        most = torch.where(there, most, math.inf).flatten(1)
+        least = least.scatter_reduce(1, index, most, "amin")
+        return ~(upper < least.view_as(upper))
+
+
+def _max_pool(at: Site, function: Callable[[Tensor], Tensor], conv: Sequence[Sequence[int]]) -> MaxPool:
+    """conv: kernel, stride, padding and dilation over the last dimensions."""
+    kernel, stride, padding, dilation = conv
+    channels, spatial = at.input_sizes[0], at.input_sizes[1:]
+    if [output_size(*n) for n in zip(spatial, kernel, stride, padding, dilation, strict=True)] != at.output_sizes[1:]:
+        raise ValueError("ceil_mode=True, with windows beyond the border, want ceil_mode=False")
+    numbers = torch.arange(channels * math.prod(spatial), device=at.like.device).view(channels, *spatial)
+    numbers = F.pad(numbers, [n for p in reversed(padding) for n in (p, p)], value=-1)
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 1):
+        numbers = numbers.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    inputs = numbers.reshape(math.prod(at.output_sizes), -1)
+    windows = torch.bincount(inputs.flatten()[inputs.flatten() >= 0], minlength=1)
+    return MaxPool(function, up_to(math.sqrt(int(windows.max()))), exact=True, inputs=inputs)
+
+
+def up_to(number: float) -> float:
+    """``number``, which was rounded, from above."""
+    return number if number == int(number) else math.nextafter(number, math.inf)
+
+
+_MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+@rule(
+    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
+    *(F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices),
+)
+def _max_pooled(
+    at: Site,
+    value: Any,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> MaxPool:
+    count = len(at.input_sizes) - 1
+    kernel = several(kernel_size, count)
+    numbers = (kernel, several(stride or kernel, count), several(padding, count), several(dilation, count))
+    return _max_pool(at, lambda x: _MAX_POOLS[count](x, *numbers), numbers)
+
+
+@rule(
+    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+    *(F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices),
+    torch.adaptive_max_pool1d,
+)
+def _adaptive_max_pooled(at: Site, value: Any, output_size: Any, return_indices: bool = False) -> MaxPool:
+    inner, outer = at.input_sizes[1:], at.output_sizes[1:]
+    if any(n % m for n, m in zip(inner, outer, strict=True)):
+        raise ValueError(f"output_size={tuple(outer)} of {tuple(inner)}, want sizes that divide")
+    kernel = [n // m for n, m in zip(inner, outer, strict=True)]
+    numbers = (kernel, kernel, [0] * len(kernel), [1] * len(kernel))
+    return _max_pool(at, lambda x: _MAX_POOLS[len(kernel)](x, *numbers), numbers)

@@ -19,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import at
+
+
+def at(path: str) -> str:
+    """How messages name the module at ``path``."""
+    return f"model.{path}" if path else "model"
 
 
 class UntraceableError(RuntimeError):  # not a TypeError, which torch's operators take for "not implemented"
@@ -39,6 +43,23 @@ class Node:
     kwargs: dict[str, Any]
     path: str
     shape: torch.Size
+
+    def reads(self) -> list[Node]:
+        """The nodes among its arguments."""
+        return list(_nodes((self.args, self.kwargs)))
+
+    def tensors(self) -> list[Tensor]:
+        """The constants among its arguments."""
+        return [item for item in _leaves((self.args, self.kwargs)) if isinstance(item, Tensor)]
+
+    @staticmethod
+    def constants(dtype: torch.dtype) -> Callable[[Any], Any]:
+        """What makes of arguments those with all floating-point tensors in ``dtype``."""
+
+        def exact(item: Any) -> Any:
+            return item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
+
+        return lambda arguments: _mapped(arguments, exact)
 
 
 # Read off a value without computing with it.
@@ -124,7 +145,7 @@ class Trace:
         Errors of the model itself are its own. In training mode the model's counters move as in any call.
         """
         recorder = _Recorder(model, x.device)
-        self.input = Node(None, (), {}, "", x.shape)
+        self.input, self.device = Node(None, (), {}, "", x.shape), x.device
         self._stride = x.stride()
         meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         with recorder, torch.autocast(x.device.type, enabled=False):

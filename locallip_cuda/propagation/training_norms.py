@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..norms.iteration import iterated_norm
+from ..norms.linear import Dense, Identity, LinearMap, Rearrangement, Scaling
 from ..norms.masked_norm import check_input
-from .layers import Operator, clean_pass, network
+from .graph import lowered, output_classes, traced
 
 if TYPE_CHECKING:
     from ..bounds import LocalBounds
@@ -64,7 +66,7 @@ class TrainingNorms(nn.Module):
     ``state_dict()``.
 
     Args:
-        model: the network, on its device; its layers' sizes are taken from it, and first vectors.
+        model: the network, on its device; its operators' sizes are taken from it, and first vectors.
         x: (B, *input), B >= 1, as for local_bounds; of which only shape and dtype matter.
 
     Attributes:
@@ -77,18 +79,16 @@ class TrainingNorms(nn.Module):
         check_input(x)
         self.iterations: list[int] = []
         self.shared: list[bool] = []
-        *hidden, last = network(model)
-        assert isinstance(last.module, nn.Linear)
-        classes = last.module.weight.shape[0]
         with torch.no_grad():
-            for step, value, _ in clean_pass(hidden, x[:1]):
-                if isinstance(step, Operator):
-                    dense = step.conv is None
-                    vectors = step.norm(None, None, [1, *value.shape[1:]], None, FIRST_ITERATIONS)[1]
-                    copies = vectors.repeat(classes if dense else 1, *[1] * (vectors.dim() - 1))
-                    self.register_buffer(f"right{len(self.iterations)}", _laid_out(copies))
-                    self.iterations.append(LEAST_DENSE if dense else LEAST)
-                    self.shared.append(False)
+            trace = traced(model, x[:1])
+            classes = output_classes(trace)
+            for term in lowered(trace, x.dtype).operators:
+                dense = isinstance(term.linear, Dense)
+                vectors = iterated_norm(term.linear, None, None, 1, None, FIRST_ITERATIONS)[1]
+                copies = vectors.repeat(classes if dense else 1, *[1] * (vectors.dim() - 1))
+                self.register_buffer(f"right{len(self.iterations)}", _laid_out(copies))
+                self.iterations.append(LEAST_DENSE if dense else LEAST)
+                self.shared.append(False)
 
     def extra_repr(self) -> str:
         counts = zip(self.iterations, self.shared, strict=True)
@@ -107,24 +107,22 @@ class TrainingNorms(nn.Module):
         """What decides which kernels a step launches: a CUDA graph holds as long as this is the same."""
         return tuple(0 if shared else count for count, shared in zip(self.iterations, self.shared, strict=True))
 
-    def norm(
-        self, layer: int, operator: Operator, rows: Tensor, columns: Tensor | None, sizes: list[int], y: Tensor
-    ) -> Tensor:
-        """(B,) norms of the layer of this number for one batch, differentiable in the weight."""
+    def norm(self, layer: int, linear: LinearMap, rows: Tensor, columns: Tensor | None, y: Tensor) -> Tensor:
+        """(B,) norms of the operator of this number for one batch, differentiable in the weights."""
         if self.shared[layer]:
-            return self.shared_norm(layer, operator, sizes).expand(len(rows))
-        start = self._start(layer, sizes, y)
-        norm, right, _ = operator.norm(rows, columns, [len(rows), *sizes], start, self.iterations[layer])
+            return self.shared_norm(layer, linear).expand(len(rows))
+        start = self._start(layer, linear.input_sizes, y)
+        norm, right, _ = iterated_norm(linear, rows, columns, len(rows), start, self.iterations[layer])
         if self.training:
             self._move(layer, start, right, y)
         return norm
 
-    def shared_norm(self, layer: int, operator: Operator, sizes: list[int]) -> Tensor:
-        """(1,) the layer's global norm."""
-        kept = self._kept(layer, sizes)
-        norm, right, _ = operator.norm(None, None, [1, *sizes], kept[:1], SHARED_ITERATIONS)
+    def shared_norm(self, layer: int, linear: LinearMap) -> Tensor:
+        """(1,) the operator's global norm."""
+        kept = self._kept(layer, linear.input_sizes)
+        norm, right, _ = iterated_norm(linear, None, None, 1, kept[:1], SHARED_ITERATIONS)
         if self.training:
-            some = (norm > 0).view(-1, *[1] * len(sizes))  # neither of a zero weight nor of one that is no number
+            some = (norm > 0).view(-1, *[1] * len(linear.input_sizes))  # neither of a zero weight nor of one that is no number
             kept.copy_(torch.where(some, right, kept))
         return norm
 
@@ -173,26 +171,28 @@ class TrainingNorms(nn.Module):
         ratios: dict[int, list[Tensor]] = {}
         choices: dict[int, list[int]] = {}
         costs: dict[int, float] = {}
-        for layer, (operator, sizes) in enumerate(bounds.operators):
-            rows, columns = bounds.row_masks[layer][:count], bounds.input_masks[layer]
-            columns, shape = None if columns is None else columns[:count], [count, *sizes]
+        for layer, bound in enumerate(bounds.layers):
+            linear, rows, columns = bound.linear, bound.row_mask[:count], bound.input_mask
+            if isinstance(linear, (Identity, Scaling, Rearrangement)):  # exact, however many iterations
+                continue
+            columns, sizes = None if columns is None else columns[:count], linear.input_sizes
             kept, start = self._kept(layer, sizes), self._start(layer, sizes, y[:count])
-            whole = operator.norm(None, None, [1, *sizes], kept[:1], CONVERGED_ITERATIONS)[0]
-            converged = operator.norm(rows, columns, shape, start, CONVERGED_ITERATIONS)[0]
+            whole = iterated_norm(linear, None, None, 1, kept[:1], CONVERGED_ITERATIONS)[0]
+            converged = iterated_norm(linear, rows, columns, count, start, CONVERGED_ITERATIONS)[0]
             share = float(converged.mean() / whole)
             self.shared[layer] = share >= (LESS_SHARE if self.shared[layer] else SHARE)
             if self.shared[layer]:
                 continue
-            least = LEAST if operator.conv is not None else LEAST_DENSE
+            least = LEAST_DENSE if isinstance(linear, Dense) else LEAST
             fewer = [c for c in CHOICES if c < self.iterations[layer]][-DOWN_AT_ONCE:]
             choices[layer] = [c for c in CHOICES if c >= max([least, *fewer[:1]])]
             ratios[layer] = []
             for iterations in choices[layer]:
-                norm = operator.norm(rows, columns, shape, start, iterations)[0]
+                norm = iterated_norm(linear, rows, columns, count, start, iterations)[0]
                 ratios[layer].append(torch.where(converged > 0, norm / converged, 1).double())
                 if ratios[layer][-1].mean() > 0.999:
                     break
-            costs[layer] = _cost(operator, sizes, rows)
+            costs[layer] = _cost(linear)
         for layer, choice in _cheapest(ratios, choices, costs).items():
             self.iterations[layer] = choice
 
@@ -201,10 +201,10 @@ def _laid_out(vectors: Tensor) -> Tensor:
     return vectors.contiguous(memory_format=torch.channels_last if vectors.dim() == 4 else torch.contiguous_format)
 
 
-def _cost(operator: Operator, sizes: list[int], rows: Tensor) -> float:
-    """About what an iteration costs: two applications of the operator, and passes over its vectors."""
-    positions = rows[0, 0].numel() if operator.conv is not None else 1
-    return 2 * operator.weight.numel() * positions + 200 * (math.prod(sizes) + rows[0].numel())
+def _cost(linear: LinearMap) -> float:
+    """About what an iteration costs: two applications of the map, and passes over its vectors."""
+    inputs, outputs = math.prod(linear.input_sizes), math.prod(linear.output_sizes)
+    return 2 * linear.terms * outputs + 200 * (inputs + outputs)
 
 
 def _cheapest(

@@ -1,0 +1,111 @@
+"""The one pass over a graph: what a step does to facts, whatever arithmetic the facts are in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..norms.linear import LinearMap
+from ..norms.masked_norm import values_are_at_hand
+from .graph import Graph, Joined, Layer, View
+from .trace import at
+
+Fact = TypeVar("Fact")
+
+
+@dataclass(eq=False)
+class LayerBound:
+    """One masked norm of a pass: of one term of a layer, B samples.
+
+    Attributes:
+        path: of the module.   linear: the map, as it was, without gradients.
+        norm: (B,).
+        row_mask: bool (B, *output), pre-activations that can still change the layer's output.
+        input_mask: bool (B, *input), inputs of the map that can vary; None for all.
+        column_mask: bool (B, *), outputs of the layer that can vary inside the ball.
+        varying: (B, 2), int64, how many row_mask and column_mask leave.
+    """
+
+    path: str
+    linear: LinearMap
+    norm: Tensor
+    row_mask: Tensor
+    input_mask: Tensor | None
+    column_mask: Tensor
+    varying: Tensor
+
+
+class Pass(ABC, Generic[Fact]):
+    """Facts from the input to the last layer's, and a record of every norm.
+
+    local: whether the radius grows by masked norms; else by global ones, as in the paper.
+    """
+
+    rounded: Callable[[Tensor], Tensor]
+
+    def __init__(self, *, local: bool) -> None:
+        self.local = local
+        self.layers: list[LayerBound] = []
+        self.sparsity_terms: list[Tensor] = []
+
+    def run(self, graph: Graph, x: Tensor, eps: Tensor) -> list[Fact]:
+        """What is known of the facts of the graph's head."""
+        facts = [self.start(x, eps)]
+        for step in graph.steps:
+            if isinstance(step, View):
+                facts.append(self.viewed(step, facts[step.source]))
+            elif isinstance(step, Joined):
+                facts.append(self.joined(step, [facts[source] for source in step.sources]))
+            else:
+                facts.append(self.closed(step, [facts[term.source] for term in step.terms]))
+        return [facts[term.source] for term in graph.head.terms]
+
+    @abstractmethod
+    def start(self, x: Tensor, eps: Tensor) -> Fact:
+        """Of the input (B, *), anywhere within ``eps`` (B,)."""
+
+    @abstractmethod
+    def viewed(self, step: View, fact: Fact) -> Fact: ...
+
+    @abstractmethod
+    def joined(self, step: Joined, facts: Sequence[Fact]) -> Fact: ...
+
+    @abstractmethod
+    def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
+        """Behind a layer whose terms take ``facts``."""
+
+    def record(
+        self,
+        layer: Layer,
+        inputs: Sequence[Tensor | None],
+        norms: Sequence[Tensor | None],
+        rows: Tensor,
+        columns: Tensor,
+        slack: Tensor | None,
+        varying: Tensor,
+    ) -> None:
+        """inputs: column masks of the layer's facts; norms: of its terms, None where it is 1 and none is taken."""
+        taken = 0
+        for term, mask, norm in zip(layer.terms, inputs, norms, strict=True):
+            if norm is not None:
+                taken += 1
+                linear = term.linear.snapshot()
+                self.layers.append(LayerBound(term.path, linear, norm, rows, mask, columns, varying))
+        if taken and slack is not None:
+            self.sparsity_terms.append(slack.sum(0) / max(len(rows), 1))
+
+
+def check_norm(path: str, norm: Tensor) -> None:
+    """ValueError by path where NaN or infinite weights made the norm NaN; not on a GPU."""
+    if values_are_at_hand(norm) and bool(norm.isnan().any()):
+        raise ValueError(f"{at(path)}: got NaN or infinite weights, want finite ones")
+
+
+def counts(row_mask: Tensor, column_mask: Tensor) -> Tensor:
+    """(B, 2) int64: how many each leaves."""
+    return torch.stack([row_mask.flatten(1).sum(1), column_mask.flatten(1).sum(1)], 1)
