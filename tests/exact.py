@@ -371,7 +371,7 @@ class Exact:
         cell = [[-radius], [radius]] if self.dimension == 1 else _polygon(radius, corners)
         origin = rationals(x)
         start = fmpq_mat([[origin[i], *(axes[i, k] for k in range(self.dimension))] for i in range(len(origin))])
-        layers = layers_of(model, x.shape)
+        layers = with_one_last_layer(layers_of(model, x.shape))
         self.pieces = [Piece(*piece) for piece in _pieces(layers, cell, start)]
         self.clean = evaluate(layers[:-1], origin)
         self.clean_logits = evaluate(layers[-1:], self.clean)
@@ -413,6 +413,15 @@ class Exact:
                 top = (arb(trace) + arb(spread).sqrt()) / 2
             best = best.max(top.lower())
         return best
+
+
+def with_one_last_layer(layers: Sequence[Layer]) -> list[Layer]:
+    """Affine layers at the end as the one that they are: features are what an activation, or nothing, returns."""
+    *rest, last = layers
+    while rest and isinstance(rest[-1], Affine) and isinstance(last, Affine):
+        first = rest.pop()
+        last = Affine(last.matrix * first.matrix, last.matrix * first.bias + last.bias)
+    return [*rest, last]
 
 
 def _polygon(radius: fmpq, corners: int) -> Cell:

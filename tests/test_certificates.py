@@ -445,13 +445,12 @@ def test_the_estimate_s_statements_about_plane_networks_are_not_all_true() -> No
 @every_proof
 def test_the_judge_finds_what_is_wrong(guarantee: str) -> None:
     """Tight bounds of a ball 1 % smaller say something false of the larger one, in every one of their parts."""
-    model, x = chain("none", 0, torch.float64)
-    exact = Exact(model, x[0], EPS)
+    model, x, exact = chain_problems("relu", torch.float64)[1]
     wrong = wrong_statements(exact, ll.local_bounds(model, x, 0.99 * EPS, guarantee=guarantee))
     assert {text.split()[0] for text in wrong} == {"margin", "radius", "feature"}
     bounds = ll.local_bounds(model, x, EPS, guarantee=guarantee)
     bounds.lipschitz = 0.99 * bounds.lipschitz
-    bounds.column_masks[-1] = torch.zeros_like(bounds.column_masks[-1])
+    bounds.layers[-1].column_mask = torch.zeros_like(bounds.column_masks[-1])
     assert [text.split()[0] for text in wrong_statements(exact, bounds)] == ["lipschitz", "feature"]
 
 

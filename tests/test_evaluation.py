@@ -12,7 +12,7 @@ from locallip_cuda import attack, certify, local_bounds
 from locallip_cuda.experiments import data, evaluation, report, training
 from locallip_cuda.experiments.journal import Journal
 from locallip_cuda.experiments.recipes import recipe
-from locallip_cuda.propagation.layers import UnsupportedModuleError
+from locallip_cuda.propagation.graph import UnsupportedModuleError
 
 EPS = 0.3
 Trained = tuple[torch.nn.Sequential, data.Dataset]

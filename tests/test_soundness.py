@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -73,8 +74,7 @@ class Judge:
     def __call__(self, points: Iterator[Tensor]) -> None:
         for point in points:
             self.points += 1
-            features = self.model[:-1](point)
-            logits = self.model[-1](features)
+            features, logits = features_of(self.model, point), self.model(point)
             difference = logits.unsqueeze(1) - logits.unsqueeze(2)
             others = logits.argmax(1, keepdim=True) != torch.arange(logits.shape[1], device=point.device)
             for b, worst, safe in zip(self.bounds, self.worst, self.safe, strict=True):
@@ -97,6 +97,11 @@ class Judge:
             self.reached_margin = max(self.reached_margin, float(gained.max()))
 
 
+def features_of(model: nn.Module, x: Tensor) -> Tensor:
+    """What the last layer takes: a bound of a ball without a radius knows the clean values."""
+    return ll.local_bounds(model, x, 0.0, iterations=0).features
+
+
 def judge_everything(model: nn.Sequential, x: Tensor, eps: Tensor, *, steps: int, units: int, count: int) -> Judge:
     radii: tuple[Radius, Radius] = ("local", "global")
     with torch.no_grad():
@@ -104,7 +109,7 @@ def judge_everything(model: nn.Sequential, x: Tensor, eps: Tensor, *, steps: int
         if not any(isinstance(module, nn.Softplus) for module in model):
             bounds += [ll.local_bounds(model, x, eps, radius=r, guarantee=g) for r in radii for g in PROOFS]
     judge = Judge(model, x, bounds)
-    features, clean = model[:-1], bounds[0].features
+    features, clean = partial(features_of, model), bounds[0].features
     classes = bounds[0].logits.shape[1]
     judge(random_points(x, eps, count))
     judge(ascend(lambda p: (features(p) - clean).square().sum(1), x, eps, steps, 0))

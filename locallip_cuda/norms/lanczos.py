@@ -44,7 +44,7 @@ from torch import Tensor
 
 from .. import ops
 from ..rounding import TINY, UNIT, convolution, exponent_of, gamma, power_of_two, rescaled, up
-from .linear import LinearMap
+from .linear import LinearMap, is_of_even_size
 
 LEAST_MISS = 1e-5
 KEY_BITS = 128
@@ -201,26 +201,20 @@ def probable_norms_of(
 ) -> tuple[Tensor, Tensor]:
     """:func:`probable_norms` of a map in float64, whose :func:`absolute_norms_of` are ``absolute``.
 
-    Where sizes are so far apart that a product between its parts might underflow, ``upper`` is ``absolute``: parts with
-    no entry but 0 outside [2^-100, 2^100], at most six of them, and a norm of 2^-150 or more leave an underflow of less
-    than UNDERFLOW of the norm.
+    Where sizes are so far apart that a product between its parts might underflow, ``upper`` is ``absolute``: parts as
+    :func:`.linear.is_of_even_size` has them and a norm of 2^-150 or more leave an underflow of less than UNDERFLOW of
+    the norm.
     """
     operator = _Operator(
         linear, linear.adjoint, linear.terms, linear.adjoint_terms, linear.input_sizes, linear.like.device
     )
     units = max(math.prod(linear.input_sizes), math.prod(linear.output_sizes))
-    if not _is_of_even_size(linear):
+    if not is_of_even_size(linear):
         return absolute.clone(), torch.zeros_like(absolute)
     in_range = (absolute >= 2.0**-150) & absolute.isfinite()
     scale = torch.where(in_range, absolute, 0)
     upper, estimate = _in_chunks(operator, row_mask, col_mask, scale, units, failure_probability, tightness, seed)
     return torch.where(in_range, upper, absolute), estimate
-
-
-def _is_of_even_size(linear: LinearMap) -> bool:
-    entries = [part.abs() for part in linear.weights()]
-    ranges = [part[part != 0] for part in entries]
-    return len(ranges) <= 6 and all(bool(((part >= 2.0**-100) & (part <= 2.0**100)).all()) for part in ranges)
 
 
 def _in_chunks(

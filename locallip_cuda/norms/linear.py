@@ -466,6 +466,24 @@ def without_ends(
     return (Composed(maps) if len(maps) > 1 else maps[0]), rows, columns, first, last
 
 
+def is_of_even_size(linear: LinearMap) -> bool:
+    """Whether products through the parts stay far from overflow and underflow: at most six in a row, and no entry but 0
+    outside [2^-100, 2^100]."""
+    inside = all(
+        bool(((weight == 0) | (weight.abs() >= 2.0**-100) & (weight.abs() <= 2.0**100)).all())
+        for weight in linear.weights()
+    )
+    return inside and _depth(linear) <= 6
+
+
+def _depth(linear: LinearMap) -> int:
+    if isinstance(linear, Composed):
+        return sum(_depth(each) for each in linear.maps)
+    if isinstance(linear, Sum):
+        return max(_depth(each) for each in linear.maps)
+    return _depth(linear.of) if isinstance(linear, Adjoint) else len(linear.weights())
+
+
 def _now(weight: Tensor) -> Tensor:
     return weight.detach().clone()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..norms.linear import Composed, Identity, LinearMap, Rearrangement, Sum
 from .graph import Graph, Joined, Layer, UnsupportedModuleError, View, lowered
 from .recursion import Pass
-from .trace import Trace
+from .trace import Trace, without_autocast
 
 # How many times the rounding, as estimated here, a difference may be.
 MARGIN = 8
@@ -102,7 +102,7 @@ class _Rounding(Pass[_Fact]):
         self.graph, self.limits = graph, torch.finfo(x.dtype)
         self.alike = 0.0
         self.largest = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             facts = self.run(graph, x.double(), self.largest)
             self.head = self._affine(graph.head, facts)
 
@@ -136,33 +136,40 @@ class _Rounding(Pass[_Fact]):
 
     def _affine(self, layer: Layer, facts: Sequence[_Fact]) -> tuple[Tensor, Tensor, Tensor]:
         """Value, variance and the sizes of what the value is the sum of."""
-        value, variance, size = (torch.zeros((), dtype=torch.float64, device=self.largest.device) for _ in range(3))
-        count, exact = 0, layer.bias is None and len(facts) == 1
+        zero = torch.zeros((), dtype=torch.float64, device=self.largest.device)
+        value, variance, size = zero, zero, zero
         for term, fact in zip(layer.terms, facts, strict=True):
-            exact = exact and isinstance(term.parts, (Identity, Rearrangement))
-            count = max(count, term.parts.terms)
-            value = value + term.parts(fact.value)
-            size = size + term.parts.absolute()(fact.value.abs())
-            variance = variance + _squares(term.parts, fact.variance)
+            own = self._through(term.parts, fact.value, fact.variance, fact.value.abs())
+            value, variance, size = value + own[0], variance + own[1], size + own[2]
         if layer.bias is not None:
             value = value + layer.bias
         if layer.bias_size is not None:
             size = size + layer.bias_size
-        if not exact:
-            each = 2 + DRIFT * count
-            underflow = count * self.limits.tiny / self.limits.eps
-            variance = variance + (each * size + underflow).square()
-            self.alike += 2 * each
-            self.largest = torch.maximum(self.largest, size.flatten(1).amax(1))
+        if layer.bias is not None or len(facts) > 1:
+            variance = variance + self._rounded(size, 1)
         return value, variance, size
 
+    def _through(
+        self, linear: LinearMap, value: Tensor, variance: Tensor, size: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Behind a map, each of whose parts rounds by itself."""
+        if isinstance(linear, (Identity, Rearrangement)):
+            return linear(value), linear(variance), linear(size)
+        if isinstance(linear, Composed):
+            for part in linear.maps:
+                value, variance, size = self._through(part, value, variance, size)
+            return value, variance, size
+        if isinstance(linear, Sum):
+            parts = [self._through(part, value, variance, size) for part in linear.maps]
+            value, variance, size = (torch.stack(list(each)).sum(0) for each in zip(*parts, strict=True))
+            return value, len(parts) * variance + self._rounded(size, 1), size
+        size = linear.absolute()(size)
+        variance = linear.squared()(variance) + self._rounded(size, linear.terms)
+        return linear(value), variance, size
 
-def _squares(linear: LinearMap, variance: Tensor) -> Tensor:
-    """Variances behind a map, of errors that are independent in front of each of its parts."""
-    if isinstance(linear, Composed):
-        for part in linear.maps:
-            variance = _squares(part, variance)
-        return variance
-    if isinstance(linear, Sum):
-        return torch.stack([_squares(part, variance) for part in linear.maps]).sum(0) * len(linear.maps)
-    return linear.squared()(variance)
+    def _rounded(self, size: Tensor, terms: int) -> Tensor:
+        """The variance of one sum of so many terms."""
+        each = 2 + DRIFT * terms
+        self.alike += 2 * each
+        self.largest = torch.maximum(self.largest, size.flatten(1).amax(1))
+        return (each * size + terms * self.limits.tiny / self.limits.eps).square()

@@ -15,6 +15,7 @@ from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
 from .graph import Joined, Layer, Term, View, closed_radius, joined_radius
 from .recursion import Pass, check_norm, counts
+from .trace import without_autocast
 from .training_norms import SHARED_ITERATIONS, TrainingNorms
 
 # The global norms are taken for a batch of one. As a start for the masked norms a rough singular vector does: a
@@ -276,7 +277,7 @@ def affine(linear: LinearMap, x: Tensor, bias: Tensor | None) -> Tensor:
         for part in linear.maps[:-1]:
             x = affine(part, x, None)
         return affine(linear.maps[-1], x, bias)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return linear(x) if bias is None else linear(x) + bias
 
 

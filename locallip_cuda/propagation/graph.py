@@ -25,9 +25,10 @@ from ..norms.linear import (
     added,
     composed,
     folded,
+    is_of_even_size,
 )
 from .rules import IDENTITY, RULES, Activation, Affine, Site, rearranged
-from .trace import Node, Trace, UntraceableError, at
+from .trace import Node, Trace, UntraceableError, at, with_constants, without_autocast
 
 
 class UnsupportedModuleError(TypeError):
@@ -174,7 +175,7 @@ def lowered(trace: Trace, dtype: torch.dtype, *, proof: bool = False) -> Graph:
 
     UnsupportedModuleError by path for a function without a rule.
     """
-    with torch.autocast(trace.device.type, enabled=False):
+    with without_autocast(trace.device.type):
         return _Lowering(trace, dtype, proof).graph
 
 
@@ -275,14 +276,23 @@ class _Lowering:
     def _by_rule(
         self, node: Node, function: Callable[..., Any], value: _Value, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Value:
-        exact = node.constants(self.like.dtype)
+        for constant in node.tensors():
+            if constant.device != self.like.device and constant.dim():
+                raise ValueError(f"x: got one on {self.like.device}, want {constant.device} as {at(node.path)}")
+        args, kwargs = (with_constants(given, self._constant) for given in (args, kwargs))
         try:
-            found = RULES[function](self._site(value, node), None, *exact(args), **exact(kwargs))
+            found = RULES[function](self._site(value, node), None, *args, **kwargs)
         except (ValueError, TypeError) as error:
             raise UnsupportedModuleError(f"{at(node.path)}: {_name(function)} has no bound: {error}") from error
         if isinstance(found, Affine):
+            if self.proof and not all(_folds_in_range(term.parts, found.linear) for term in value.terms):
+                value = self._closed(value, IDENTITY, value.path, value.sizes)
             return self._mapped(value, found, node)
         return self._closed(value, found, node.path, list(node.shape[1:]))
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        """Of a proof a copy, which stays as it is."""
+        return tensor.detach().to(self.like.dtype, copy=True) if self.proof else tensor.to(self.like.dtype)
 
     def _site(self, value: _Value, node: Node) -> Site:
         return Site(value.sizes, list(node.shape[1:]), self.like)
@@ -392,6 +402,11 @@ def _plus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first + second
 
 
+def _folds_in_range(first: LinearMap, second: LinearMap) -> bool:
+    """Whether the parts make one map without overflow or underflow; a single one may have weights of any size."""
+    return not first.weights() or not second.weights() or is_of_even_size(composed(first, second))
+
+
 def _is_cheap(linear: LinearMap) -> bool:
     parts = linear.maps if isinstance(linear, Composed) else [linear]
     return all(isinstance(part, (Identity, Scaling, Rearrangement)) for part in parts)
@@ -412,6 +427,12 @@ def traced(model: nn.Module, x: Tensor) -> Trace:
         return Trace(model, x)
     except UntraceableError as error:
         raise UnsupportedModuleError(f"{error}; it has no bound") from error
+    except (RuntimeError, TypeError, IndexError) as error:
+        where = getattr(error, "__notes__", None)
+        if where is None:
+            raise
+        got = f"shape {tuple(x.shape)}, {x.dtype}, on {x.device}"
+        raise ValueError(f"x: got {got}, which model does not take; {where[0]}: {error}") from error
 
 
 def output_classes(trace: Trace) -> int:

@@ -102,8 +102,14 @@ ROUNDINGS = 8
 # ---- weights ----
 
 
+def _check_weight(at: Site, weight: Tensor) -> None:
+    if not isinstance(weight, Tensor) or weight.dtype != at.like.dtype:
+        raise ValueError(f"a weight in {getattr(weight, 'dtype', type(weight).__name__)}, want {at.like.dtype}")
+
+
 @rule(F.linear)
 def _linear(at: Site, value: Any, weight: Tensor, bias: Tensor | None = None) -> Affine:
+    _check_weight(at, weight)
     if len(at.input_sizes) == 1:
         return Affine(Dense(weight), bias)
     # along the last dimension of several: a convolution with a kernel of one, over all the others
@@ -129,6 +135,7 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Affine:
+    _check_weight(at, weight)
     count = weight.dim() - 2
     steps, dilations = several(stride, count), several(dilation, count)
     if isinstance(padding, str):
@@ -152,6 +159,7 @@ def _transposed(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> Affine:
+    _check_weight(at, weight)
     count = weight.dim() - 2
     numbers = (several(stride, count), several(padding, count), several(dilation, count))
     conv = Convolution(weight, at.output_sizes, *numbers, groups)

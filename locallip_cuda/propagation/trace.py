@@ -12,6 +12,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -24,6 +25,15 @@ from torch import Tensor, nn
 def at(path: str) -> str:
     """How messages name the module at ``path``."""
     return f"model.{path}" if path else "model"
+
+
+@contextmanager
+def without_autocast(device_type: str) -> Iterator[None]:
+    if not torch.amp.is_autocast_available(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
 
 
 class UntraceableError(RuntimeError):  # not a TypeError, which torch's operators take for "not implemented"
@@ -52,14 +62,14 @@ class Node:
         """The constants among its arguments."""
         return [item for item in _leaves((self.args, self.kwargs)) if isinstance(item, Tensor)]
 
-    @staticmethod
-    def constants(dtype: torch.dtype) -> Callable[[Any], Any]:
-        """What makes of arguments those with all floating-point tensors in ``dtype``."""
 
-        def exact(item: Any) -> Any:
-            return item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
+def with_constants(arguments: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments of a node with all constants of floating point as ``function`` has them."""
 
-        return lambda arguments: _mapped(arguments, exact)
+    def changed(item: Any) -> Any:
+        return function(item) if isinstance(item, Tensor) and item.is_floating_point() else item
+
+    return _mapped(arguments, changed)
 
 
 # Read off a value without computing with it.
@@ -148,7 +158,7 @@ class Trace:
         self.input, self.device = Node(None, (), {}, "", x.shape), x.device
         self._stride = x.stride()
         meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        with recorder, torch.autocast(x.device.type, enabled=False):
+        with recorder, without_autocast(x.device.type):
             output = model(Value(recorder, self.input, meta))
             if not isinstance(output, Value) or output.recorder is not recorder:
                 raise UntraceableError(
@@ -247,7 +257,7 @@ class _Recorder:
             raise self.error(f"{name} takes a value of another call of a model")
         if torch.is_grad_enabled() != self._grad:
             raise self.error(f"{name} is called where gradients are switched, or by a function with its own gradient")
-        if torch.is_autocast_enabled(self.device.type):
+        if torch.amp.is_autocast_available(self.device.type) and torch.is_autocast_enabled(self.device.type):
             raise self.error(f"{name} is called under autocast, want it around the model")
         self.check_not_stale(_values((args, kwargs)), name)
         written = self._written(func, name, args, kwargs)
@@ -258,6 +268,10 @@ class _Recorder:
             result = _shaped(func, args, kwargs, self.device)
         except NotImplementedError as error:
             raise self.error(f"{name} cannot be recorded: {error}") from error
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            own = ", ".join(f"{tuple(value.shape)} in {value.dtype}" for value in _values((args, kwargs)))
+            error.add_note(f"{at(path)}: {name} of {own}")
+            raise
         given = _mapped((args, kwargs), lambda item: item.node if isinstance(item, Value) else item)
         for item in _leaves((args, kwargs)):
             if isinstance(item, Tensor) and not isinstance(item, Value) and not item.is_inference():
