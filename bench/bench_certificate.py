@@ -12,6 +12,7 @@ input here, and a repeat takes minutes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +30,10 @@ from bench.support import DEVICE, synchronize
 from locallip_cuda import LocalBounds, local_bounds
 from locallip_cuda.experiments import data, models, report, training
 from locallip_cuda.experiments.data import Dataset
+from locallip_cuda.norms.linear import Convolution
 from locallip_cuda.norms.masked_norm import ESTIMATE_ITERATIONS
-from locallip_cuda.propagation.estimate import Propagation
-from locallip_cuda.propagation.proof import ProvedPropagation
+from locallip_cuda.propagation.estimate import Estimate
+from locallip_cuda.propagation.proof import Proof
 
 PUBLISHED = "published"
 PUBLISHED_ITERATIONS = 2000
@@ -150,7 +152,7 @@ def _timed(owner: object, name: str, seconds: list[float]) -> Iterator[None]:
 
 def certify_batch(model: nn.Sequential, x: Tensor, y: Tensor, eps: float, guarantee: str, cost: Cost) -> LocalBounds:
     norms: list[float] = []
-    with torch.no_grad(), _timed(Propagation, "_norm", norms), _timed(ProvedPropagation, "_norm", norms):
+    with torch.no_grad(), _timed(Estimate, "_fresh_norm", norms), _timed(Proof, "_proved", norms):
         start = _now()
         bounds = local_bounds(model, x, eps, iterations=ESTIMATE_ITERATIONS, guarantee=guarantee)
         bounded = _now()
@@ -176,16 +178,15 @@ def evaluate_as_published(model: nn.Sequential, x: Tensor, y: Tensor, eps: float
 
 def describe_layers(bounds: LocalBounds) -> list[Layer]:
     layers = []
-    for index, (operator, sizes) in enumerate(bounds.operators):
-        weight = operator.weight
-        if operator.conv is None:
-            name = f"dense {weight.shape[1]} to {weight.shape[0]}"
-        else:
-            stride, _, _, groups = operator.conv
-            kernel = f"{weight.shape[2]}x{weight.shape[3]}" + (f"/{stride[0]}" if stride[0] > 1 else "")
-            name = f"conv {kernel}, {weight.shape[1] * groups} to {weight.shape[0]} on {sizes[1]}x{sizes[2]}"
-        columns = bounds.column_masks[index - 1].double().mean().item() if index else 1.0
-        layers.append(Layer(name, bounds.row_masks[index].double().mean().item(), columns))
+    for layer in bounds.layers:
+        linear, sizes = layer.linear, layer.linear.input_sizes
+        name = f"{type(linear).__name__.lower()} {math.prod(sizes)} to {math.prod(linear.output_sizes)}"
+        if isinstance(linear, Convolution):
+            kernel = "x".join(map(str, linear.weight.shape[2:])) + (f"/{s}" if (s := linear.stride[0]) > 1 else "")
+            places = "x".join(map(str, sizes[1:]))
+            name = f"conv {kernel}, {sizes[0]} to {linear.output_sizes[0]} on {places}"
+        columns = 1.0 if layer.input_mask is None else layer.input_mask.double().mean().item()
+        layers.append(Layer(name, layer.row_mask.double().mean().item(), columns))
     return layers
 
 

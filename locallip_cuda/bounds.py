@@ -331,6 +331,8 @@ def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
         raise TypeError(f"eps: got {described(eps)}, want a number (float or int) or a torch tensor () or (B,)")
     if not 0 <= eps <= sys.float_info.max:
         raise ValueError(f"eps: got {eps}, want a finite number >= 0, at most {sys.float_info.max:.4g}")
+    if torch.compiler.is_compiling() and isinstance(eps, float):
+        return x.new_ones(x.shape[0]) * eps  # a number that is filled in would be a constant, and compiled anew
     radius = float(eps)
     if radius < eps:  # of an integer with more digits than that
         radius = math.nextafter(radius, math.inf)

@@ -709,14 +709,16 @@ CHANNELS_LAST = {1: torch.contiguous_format, 3: torch.channels_last}
 
 @every_device
 @pytest.mark.parametrize(
-    "name", ["convolutional, clipped-relu", "normalised, pooled, grouped", "activation first", "nested"]
+    "name", ["convolutional, clipped-relu", "normalised, pooled, grouped", "activations in a row", "nested"]
 )
 def test_closeness_is_the_share_of_the_converged_norms(name: str, device: str) -> None:
     model, x = ZOO[name][0].to(device), zoo_input(name, 3, device)
     few = ll.local_bounds(model, x, 0.1, iterations=0)
     assert few.closeness.shape == few.layer_norms.shape and not few.closeness.requires_grad
     assert (few.closeness <= 1 + 1e-9).all() and (few.closeness > 0.05).all()
-    assert few.closeness.min() < 0.99 or name in ("activation first", "nested"), "dense layers of few rows are exact"
+    assert few.closeness.min() < 0.99 or name in ("activations in a row", "nested"), (
+        "dense layers of few rows are exact"
+    )
     many = ll.local_bounds(model, x, 0.1, iterations=CONVERGED)
     torch.testing.assert_close(many.closeness, torch.ones_like(many.closeness), rtol=1e-6, atol=0)
     # by hand for the first layer, whose masks do not depend on the iterations

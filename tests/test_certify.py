@@ -239,8 +239,10 @@ def test_errors_of_the_bounds_come_through(setting: Setting, device: str) -> Non
     model, x = setting
     with pytest.raises(ValueError, match="eps: got -1"):
         ll.certify(model, x, -1.0, guarantee="estimate")
-    with pytest.raises(TypeError, match="model: got Linear"):
-        ll.certify(nn.Linear(2, 2), x, 0.1, guarantee="estimate")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model: got function, want a torch.nn.Module"):
+        ll.certify(lambda x: x, x, 0.1, guarantee="estimate")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x: got shape .* which model does not take"):
+        ll.certify(nn.Linear(2, 2).to(x), x, 0.1, guarantee="estimate")
     with pytest.raises(TypeError, match="x: got list"):
         ll.certified_radius(model, [1.0], max_eps=1.0, guarantee="estimate")  # type: ignore[arg-type]
 

@@ -64,7 +64,13 @@ def test_sizes_far_apart_leave_the_absolute_norm() -> None:
     for linear in (Composed([tiny, huge]), Composed([huge, tiny]), Composed([huge, huge]), Composed([tiny, tiny])):
         found = float(proved_norm(linear, None, None, 1, "probabilistic", 1e-9))
         first, second = (Fraction(float(torch.linalg.matrix_norm(each.dense(), 2))) for each in linear.maps)
-        true = Fraction(float(torch.linalg.matrix_norm((linear.maps[1].dense() / float(second)) @ (linear.maps[0].dense() / float(first)), 2)))
+        true = Fraction(
+            float(
+                torch.linalg.matrix_norm(
+                    (linear.maps[1].dense() / float(second)) @ (linear.maps[0].dense() / float(first)), 2
+                )
+            )
+        )
         assert found == math.inf or Fraction(found) >= true * first * second * Fraction(1 - 1e-12)
 
 

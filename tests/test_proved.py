@@ -16,12 +16,23 @@ from torch import Tensor, nn
 
 import locallip_cuda as ll
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
+from locallip_cuda.norms.linear import Dense
 from locallip_cuda.ops import reference
 from locallip_cuda.propagation import proof as proved
-from locallip_cuda.propagation.layers import Activation, Operator, UnsupportedModuleError
+from locallip_cuda.propagation.graph import Layer, Term, UnsupportedModuleError
+from locallip_cuda.propagation.rules import IDENTITY, Activation
 
 PROOFS = ["probabilistic", "deterministic"]
 every_proof = pytest.mark.parametrize("guarantee", PROOFS)
+
+
+def layer(weight: Tensor, bias: Tensor | None = None) -> Layer:
+    """A dense one."""
+    dense = Dense(weight)
+    size = None if bias is None else bias.abs()
+    return Layer("", [Term(0, dense, "", dense)], bias, size, 0, IDENTITY, "", dense.output_sizes)
+
+
 numbers = st.floats(-1e18, 1e18, allow_subnormal=True) | st.sampled_from([0.0, 1.0, -1.0, 1e16, -1e16, 0.1, 5e-324])
 
 
@@ -36,8 +47,8 @@ def test_affine_holds_every_corner(terms: list[tuple[float, float, float]], bias
     weight = torch.tensor([[w for w, _, _ in terms]], dtype=torch.float64)
     centre = torch.tensor([[c for _, c, _ in terms]], dtype=torch.float64)
     half = torch.tensor([[h for _, _, h in terms]], dtype=torch.float64)
-    operator = Operator(weight, torch.tensor([bias], dtype=torch.float64), None)
-    out, width = proved.affine(operator, centre, half)
+    own = layer(weight, torch.tensor([bias], dtype=torch.float64))
+    out, width = proved.affine(own.terms, own, [(centre, half)])
     w, c, h = exactly(weight), exactly(centre), exactly(half)
     middle = sum((a * b for a, b in zip(w, c, strict=True)), Fraction(bias))
     spread = sum(abs(a) * b for a, b in zip(w, h, strict=True))
@@ -49,7 +60,8 @@ def test_the_rounding_of_the_half_width_itself_is_covered() -> None:
     g = generator(4)
     weight = torch.rand(40, 400, generator=g, dtype=torch.float64)
     half = torch.rand(1, 400, generator=g, dtype=torch.float64)
-    _, width = proved.affine(Operator(weight, None, None), torch.zeros_like(half), half)
+    own = layer(weight)
+    _, width = proved.affine(own.terms, own, [(torch.zeros_like(half), half)])
     for row, found in zip(weight, width[0].tolist(), strict=True):
         assert sum(a * b for a, b in zip(exactly(row), exactly(half), strict=True)) <= Fraction(found)
 
@@ -59,7 +71,7 @@ def test_the_rounding_of_the_half_width_itself_is_covered() -> None:
 def test_row_norms_are_not_too_small(terms: list[tuple[float, bool]], scale: float) -> None:
     weight = torch.tensor([[w for w, _ in terms]], dtype=torch.float64)
     columns = torch.tensor([[float(c) for _, c in terms]], dtype=torch.float64)
-    norm = Fraction(proved.row_norms(Operator(weight, None, None), columns).item())
+    norm = Fraction(proved.row_norms(layer(weight).terms[0], columns).item())
     assert norm**2 >= sum(w**2 for w, (_, c) in zip(exactly(weight), terms, strict=True) if c)
 
 
@@ -81,9 +93,11 @@ def test_activations_hold_their_values(kind: str, data: st.DataObject) -> None:
     picks = [0.0, 0.5, -0.5, -0.2, -0.3, 3.0, 1e-30, 1.0, -2.0, 5e-324, 0.7]
     ends = [sorted(data.draw(st.tuples(st.sampled_from(picks), st.sampled_from(picks)))) for _ in range(4)]
     lower, upper = (torch.tensor([[e[k] for e in ends]], dtype=torch.float64) for k in (0, 1))
-    activation = Activation(kind, module, *(None if n is None else getattr(module, n) for n in (first, second)))
+    thresholds = [None if n is None else getattr(module, n).detach().double() for n in (first, second)]
+    function = copy.deepcopy(module).double().requires_grad_(False)
+    activation = Activation(function, 1.0, None, kind, *thresholds, exact=bool(kind))
     rounded = proved.Rounded(activation)
-    low, high = rounded(lower, -1), rounded(upper, 1)
+    low, high = rounded.interval(lower, upper)
     rows, cols, _ = rounded.varying(lower, upper)
     shares = torch.tensor(list(itertools.product((0.0, 0.5, 1.0), repeat=4)), dtype=torch.float64)
     points = torch.minimum(torch.maximum(lower + (upper - lower) * shares, lower), upper)
@@ -101,8 +115,9 @@ def test_masks_at_the_boundary() -> None:
     above, below = math.nextafter(0.0, 1.0), math.nextafter(0.5, 0.0)
     lower = torch.tensor([[-1.0, -1.0, 0.5, below]], dtype=torch.float64)
     upper = torch.tensor([[0.0, above, 0.6, 0.6]], dtype=torch.float64)
-    module = ClippedReLU(4, 0.5)
-    rows, cols, _ = proved.Rounded(Activation("clipped_relu", module, module.threshold)).varying(lower, upper)
+    threshold = torch.full((1, 4), 0.5, dtype=torch.float64)
+    activation = Activation(nn.Identity(), kind="clipped_relu", first=threshold, exact=True)
+    rows, cols, _ = proved.Rounded(activation).varying(lower, upper)
     assert rows.tolist() == cols.tolist() == [[False, True, False, True]]
 
 
@@ -218,7 +233,7 @@ def test_gains_against_points_in_rationals() -> None:
 def test_proofs_are_close_to_the_estimate(name: str, guarantee: str) -> None:
     model, x = ZOO[name][0], zoo_input(name, 4)
     if any(isinstance(module, nn.Softplus) for module in model):
-        with pytest.raises(UnsupportedModuleError, match="model.1: Softplus.* has no proof"):
+        with pytest.raises(UnsupportedModuleError, match="model.1: the activation has no proof, because torch's jumps"):
             ll.local_bounds(model, x, 0.1, guarantee=guarantee)
         return
     estimate = ll.local_bounds(model, x, 0.1, iterations=100)
@@ -270,13 +285,13 @@ def test_the_paper_radius_is_not_tighter(guarantee: str) -> None:
 
 def test_layers_share_the_failure_probability(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
-    honest = proved.norm_bound
+    honest = proved.proved_norm
 
-    def spy(*arguments: object) -> tuple[Tensor, Tensor]:
-        asked.append(arguments[6])  # type: ignore[arg-type]
+    def spy(*arguments: object) -> Tensor:
+        asked.append(arguments[5])  # type: ignore[arg-type]
         return honest(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(proved, "norm_bound", spy)
+    monkeypatch.setattr(proved, "proved_norm", spy)
     model, shape = ZOO["normalised, pooled, grouped"]
     x = torch.rand(2, *shape, dtype=torch.float64)
     for radius in ("local", "global"):
@@ -293,7 +308,7 @@ def test_errors() -> None:
         broken[0, 0, 0, 0] = bad
         with pytest.raises(ValueError, match="x: got NaN or infinite values"):
             ll.local_bounds(model, broken, 0.1, guarantee="probabilistic")
-    with pytest.raises(ValueError, match=r"x: got torch.float64, want torch.float32 as model.0"):
+    with pytest.raises(ValueError, match=r"x: got shape .*, torch.float64, on cpu, which model does not take; model.0"):
         ll.local_bounds(model, x.double(), 0.1, guarantee="probabilistic")
     worse = copy.deepcopy(model)
     with torch.no_grad():

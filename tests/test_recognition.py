@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from torch.nn.utils import parametrizations, prune
 
 import locallip_cuda as ll
 from locallip_cuda import attack, ops
-from locallip_cuda.propagation import agreement, layers
+from locallip_cuda.norms.linear import Dense
+from locallip_cuda.propagation import agreement, rules
 
 GUARANTEES = ["estimate", "probabilistic", "deterministic"]
 every_guarantee = pytest.mark.parametrize("guarantee", GUARANTEES)
@@ -152,84 +154,45 @@ def pruned(module: nn.Module) -> None:
     prune.random_unstructured(module, "weight", 0.5)
 
 
-OTHERS = {
-    "residual": (
-        lambda: nn.Sequential(Residual(linear(0, 6, 6), nn.ReLU()), linear(2, 6, 3)),
-        r"model\.0: Residual over",
+OTHERS: dict[str, Callable[[], nn.Sequential]] = {
+    "residual": lambda: nn.Sequential(Residual(linear(0, 6, 6), nn.ReLU()), linear(2, 6, 3)),
+    "the whole model": lambda: Scaling(linear(0, 6, 6), nn.ReLU(), linear(2, 6, 3)),
+    "another order": lambda: nn.Sequential(Backwards(nn.ReLU(), linear(0, 6, 6)), linear(2, 6, 3)),
+    "cosine head": lambda: nn.Sequential(linear(0, 6, 6), nn.ReLU(), Cosine(6, 3).double()),
+    "hidden cosine": lambda: nn.Sequential(Cosine(6, 6).double(), nn.ReLU(), linear(2, 6, 3)),
+    "weight-standardised": lambda: images(Standardised(2, 3, 2)),
+    "below forward": lambda: images(StandardisedBelow(2, 3, 2)),
+    "activation": lambda: nn.Sequential(linear(0, 6, 6), Steep(), linear(2, 6, 3)),
+    "call": lambda: nn.Sequential(linear(0, 6, 6), Calls(), linear(2, 6, 3)),
+    "own activation": lambda: nn.Sequential(linear(0, 6, 6), Threefold(), linear(2, 6, 3)),
+    "forward of an instance": lambda: changed(set_forward),
+    "forward of a container": lambda: changed(set_forward, "1"),
+    "forward of the model": lambda: changed(set_forward, ""),
+    "hook": lambda: changed(lambda m: m.register_forward_hook(lambda module, args, out: 2 * out)),
+    "pre-hook of a container": lambda: changed(
+        lambda m: m.register_forward_pre_hook(lambda module, args: (2 * args[0],)), "1"
     ),
-    "the whole model": (
-        lambda: Scaling(linear(0, 6, 6), nn.ReLU(), linear(2, 6, 3)),
-        "model: Scaling overrides 'forward'",
+    "hook of an activation": lambda: changed(
+        lambda m: m.register_forward_hook(lambda module, args, out: 2 * out), "1.0"
     ),
-    "another order": (
-        lambda: nn.Sequential(Backwards(nn.ReLU(), linear(0, 6, 6)), linear(2, 6, 3)),
-        r"model\.0: Backwards overrides '__iter__' of Sequential",
-    ),
-    "cosine head": (
-        lambda: nn.Sequential(linear(0, 6, 6), nn.ReLU(), Cosine(6, 3).double()),
-        r"model\.2: Cosine overrides 'forward' of Linear.*want Linear itself",
-    ),
-    "hidden cosine": (
-        lambda: nn.Sequential(Cosine(6, 6).double(), nn.ReLU(), linear(2, 6, 3)),
-        r"model\.0: Cosine overrides 'forward' of Linear",
-    ),
-    "weight-standardised": (lambda: images(Standardised(2, 3, 2)), r"model\.0\.0: Standardised overrides 'forward'"),
-    "below forward": (
-        lambda: images(StandardisedBelow(2, 3, 2)),
-        r"model\.0\.0: .* overrides '_conv_forward' of Conv2d",
-    ),
-    "activation": (
-        lambda: nn.Sequential(linear(0, 6, 6), Steep(), linear(2, 6, 3)),
-        r"model\.1: Steep overrides 'forward' of ReLU",
-    ),
-    "call": (
-        lambda: nn.Sequential(linear(0, 6, 6), Calls(), linear(2, 6, 3)),
-        r"model\.1: Calls overrides '__call__' of ReLU",
-    ),
-    "own activation": (
-        lambda: nn.Sequential(linear(0, 6, 6), Threefold(), linear(2, 6, 3)),
-        r"model\.1: Threefold overrides 'forward' of MaxMin",
-    ),
-    "forward of an instance": (lambda: changed(set_forward), r"model\.0: Linear has a 'forward' of its own"),
-    "forward of a container": (lambda: changed(set_forward, "1"), r"model\.1: Sequential has a 'forward' of its own"),
-    "forward of the model": (lambda: changed(set_forward, ""), r"model: Sequential has a 'forward' of its own"),
-    "hook": (
-        lambda: changed(lambda m: m.register_forward_hook(lambda module, args, out: 2 * out)),
-        r"model\.0: Linear has forward hooks",
-    ),
-    "pre-hook of a container": (
-        lambda: changed(lambda m: m.register_forward_pre_hook(lambda module, args: (2 * args[0],)), "1"),
-        r"model\.1: Sequential has forward pre hooks",
-    ),
-    "hook of an activation": (
-        lambda: changed(lambda m: m.register_forward_hook(lambda module, args, out: 2 * out), "1.0"),
-        r"model\.1\.0: ReLU has forward hooks",
-    ),
-    "hook of the model": (
-        lambda: changed(lambda m: m.register_forward_hook(lambda module, args, out: out.flip(1)), ""),
-        "model: Sequential has forward hooks",
-    ),
-    "backward hook": (
-        lambda: changed(lambda m: m.register_full_backward_hook(lambda module, inputs, outputs: None)),
-        r"model\.0: Linear has backward hooks",
-    ),
-    "the older spectral_norm": (
-        lambda: changed(torch.nn.utils.spectral_norm),
-        r"model\.0: Linear has forward pre hooks.*parametrizations",
-    ),
-    "the older weight_norm": (lambda: changed(torch.nn.utils.weight_norm), r"model\.0: Linear has forward pre hooks"),
-    "pruned": (lambda: changed(pruned), r"model\.0: Linear has forward pre hooks.*prune\.remove"),
-    "lazy": (
-        lambda: nn.Sequential(nn.LazyLinear(6, dtype=torch.float64), nn.ReLU(), linear(2, 6, 3)),
-        r"model\.0: LazyLinear has forward pre hooks",
-    ),
+    "hook of the model": lambda: changed(lambda m: m.register_forward_hook(lambda module, args, out: out.flip(1)), ""),
+    "backward hook": lambda: changed(lambda m: m.register_full_backward_hook(lambda module, inputs, outputs: None)),
+    "the older spectral_norm": lambda: changed(torch.nn.utils.spectral_norm),
+    "the older weight_norm": lambda: changed(torch.nn.utils.weight_norm),
+    "pruned": lambda: changed(pruned),
+    "lazy": lambda: nn.Sequential(nn.LazyLinear(6, dtype=torch.float64), nn.ReLU(), linear(2, 6, 3)),
+}
+# what no graph of these functions says
+REFUSED = {
+    "cosine head": r"model\.2: normalize has no bound",
+    "hidden cosine": r"model\.0: normalize has no bound",
 }
 
 
 def other(name: str) -> tuple[nn.Sequential, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = OTHERS[name][0]()
+        model = OTHERS[name]()
     size = (2, 3, 3) if any(isinstance(m, nn.Conv2d) for m in model.modules()) else (6,)
     return model, normal(9, 64, *size)
 
@@ -240,24 +203,50 @@ warned = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ign
 @warned
 @every_guarantee
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_may_compute_another_function_is_refused_by_path(name: str, guarantee: str) -> None:
+def test_what_computes_another_function_than_its_class_is_bounded_as_it_computes(name: str, guarantee: str) -> None:
     model, x = other(name)
-    with pytest.raises(ll.UnsupportedModuleError, match=OTHERS[name][1]):
-        ll.certify(model, x, 0.05, guarantee=guarantee)
+    if name in REFUSED:
+        with pytest.raises(ll.UnsupportedModuleError, match=REFUSED[name]):
+            ll.certify(model, x, 0.05, guarantee=guarantee)
+        return
+    model.eval()
+    scale = 1e-3 if name in ("the whole model", "another order") else 0.02
+    assert assert_certificates_hold(model, x, scale, guarantee) > 0
 
 
-def test_a_forward_of_a_class_changed_later_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_three_wrong_functions_are_what_they_compute() -> None:
+    """A skip, a forward of a subclass and a hook: radii by hand, from the singular values of what runs."""
+    weight, x = linear(0, 6, 6), normal(9, 4, 6)
+    skip = nn.Sequential(Residual(weight), nn.ReLU(), linear(2, 6, 3))
+    matrix = weight.weight.detach() + torch.eye(6, dtype=torch.float64)
+    for model, whole in (
+        (skip, matrix),
+        (changed(set_forward), 2 * weight.weight.detach()),
+        (changed(lambda m: m.register_forward_hook(lambda module, args, out: -3 * out)), 3 * weight.weight.detach()),
+    ):
+        b = ll.local_bounds(model, x, 0.1, guarantee="deterministic")
+        rows = b.row_masks[0].double()
+        expected = torch.linalg.matrix_norm(rows.unsqueeze(2) * whole, 2)
+        torch.testing.assert_close(b.lipschitz, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(b.logits, model(x).detach())
+
+
+def test_a_forward_of_a_class_changed_later_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = changed(lambda module: None), normal(9, 4, 6)
+    before = ll.local_bounds(model, x, 0.05, iterations=50).lipschitz
     forward = nn.ReLU.forward
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: 3 * forward(self, x))
-    with pytest.raises(ll.UnsupportedModuleError, match=r"model\.1\.0: ReLU overrides 'forward' of ReLU"):
-        ll.certify(changed(lambda module: None), normal(9, 4, 6), 0.05)
+    b = ll.local_bounds(model, x, 0.05, iterations=50)
+    torch.testing.assert_close(b.logits, model(x))
+    torch.testing.assert_close(b.worst_logits(torch.zeros(4, dtype=torch.int64)).isfinite().all(), torch.tensor(True))
+    assert (ll.certify(model, x, 0.05).margin <= 3.5 * before.amax()).all()
 
 
-def test_global_hooks_are_refused() -> None:
+def test_global_hooks_are_what_runs() -> None:
+    model, x = changed(lambda module: None), normal(9, 4, 6)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: 2 * out)
     try:
-        with pytest.raises(ll.UnsupportedModuleError, match="global forward hooks"):
-            ll.certify(changed(lambda module: None), normal(9, 4, 6), 0.05)
+        assert_certificates_hold(model, x, 0.01, "deterministic")
     finally:
         handle.remove()
 
@@ -326,37 +315,43 @@ def test_a_parametrisation_that_changes_at_every_read_has_no_proof() -> None:
 # --- the second net ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unrecognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules are taken for what their class is by inheritance, whatever they compute."""
-    monkeypatch.setattr(layers, "_RUNS", {kind: {} for kind in layers._RUNS})
+def twice(at: Any, value: Any, weight: Tensor, bias: Tensor | None = None) -> rules.Affine:
+    return rules.Affine(Dense(2 * weight), bias)
 
 
-# what `model(x)` alone does not show: it is the identity on these values, or has no part in the forward pass
-UNSEEN = ["backward hook", "the older spectral_norm", "the older weight_norm", "pruned", "lazy"]
+def without_bias(at: Any, value: Any, weight: Tensor, bias: Tensor | None = None) -> rules.Affine:
+    return rules.Affine(Dense(weight))
 
 
-@warned
+def nearly(at: Any, value: Any, weight: Tensor, bias: Tensor | None = None) -> rules.Affine:
+    return rules.Affine(Dense((1 + 1e-4) * weight), bias)
+
+
+WRONG = {"twice": twice, "without bias": without_bias, "nearly": nearly}
+
+
 @every_guarantee
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", [name for name in OTHERS if "hook" not in name and name not in UNSEEN])
-def test_the_clean_logits_are_compared(name: str, dtype: torch.dtype, guarantee: str, unrecognised: None) -> None:
-    model, x = other(name)
-    with pytest.raises(ll.UnsupportedModuleError, match=r"model: model\(x\) and its modules one after another differ"):
-        ll.certify(model.to(dtype), x.to(dtype), 0.05, guarantee=guarantee)
+@pytest.mark.parametrize("name", WRONG)
+def test_the_clean_logits_are_compared(
+    name: str, dtype: torch.dtype, guarantee: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rules.RULES, nn.functional.linear, WRONG[name])
+    model, x = changed(lambda module: None).to(dtype), normal(9, 64, 6).to(dtype)
+    with pytest.raises(ll.UnsupportedModuleError, match=r"model: model\(x\) and the functions .* differ"):
+        ll.certify(model, x, 0.05, guarantee=guarantee)
 
 
 @every_guarantee
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_comparison_is_as_sharp_as_rounding(
     activation: str, guarantee: str, trained: Callable[[str], nn.Sequential], digits: tuple[Tensor, Tensor],
-    unrecognised: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     model = copy.deepcopy(trained(activation)).float()
     x = digits[0][:8].float()
     ll.certify(model, x, 0.1, guarantee=guarantee)
-    forward = model.forward
-    model.forward = lambda x: (1 + 1e-4) * forward(x)  # type: ignore[method-assign]
+    monkeypatch.setitem(rules.RULES, nn.functional.linear, nearly)
     agreement._agreed.discard(model)
     with pytest.raises(ll.UnsupportedModuleError, match="more than rounding explains"):
         ll.certify(model, x, 0.1, guarantee=guarantee)
@@ -564,33 +559,26 @@ def test_a_weight_that_intercepts_its_product_is_refused(guarantee: str) -> None
     weight = model[0].weight.detach().as_subclass(Intercepting)
     del model[0].weight
     model[0].register_buffer("weight", weight)
-    with pytest.raises(ll.UnsupportedModuleError, match="its weight is a|differ by"):
+    with pytest.raises(ll.UnsupportedModuleError, match="takes a Intercepting|differ by|cannot be recorded|no bound"):
         ll.certify(model, normal(9, 4, 6), 0.1, guarantee=guarantee)
 
 
 @every_guarantee
 def test_a_compiled_call_is_the_module_s_own_or_refused(guarantee: str) -> None:
     model = nn.Sequential(linear(0, 6, 6), nn.ReLU(), linear(2, 6, 3))
-    model[1].compile(backend="eager")
-    ll.certify(model, normal(9, 4, 6), 0.1, guarantee=guarantee)
-    model[1]._compiled_call_impl = lambda z: z.relu() + 100 * (z - 5).relu()
-    with pytest.raises(ll.UnsupportedModuleError, match=r"model\.1: ReLU has a '_compiled_call_impl' of its own"):
-        ll.certify(model, normal(9, 4, 6), 0.1, guarantee=guarantee)
+    model[1]._compiled_call_impl = lambda z: 2 * z.relu()
+    assert_certificates_hold(model, normal(9, 4, 6), 0.1, guarantee)
+    model[1]._compiled_call_impl = lambda z: z.relu() + 100 * (z - 5).relu()  # a sum of two facts
+    assert_certificates_hold(model, normal(9, 4, 6), 0.01, guarantee)
 
 
-def test_an_empty_comparison_is_none(unrecognised: None) -> None:
-    model = nn.Sequential(linear(0, 6, 6), Steep(), linear(2, 6, 3))
+def test_an_empty_comparison_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.RULES, nn.functional.linear, twice)
+    model = changed(lambda module: None)
     ll.local_bounds(model, normal(9, 0, 6), 0.1)
     ll.local_bounds(model, torch.full((2, 6), torch.nan, dtype=torch.float64), 0.1)
     with pytest.raises(ll.UnsupportedModuleError, match="more than rounding explains"):
         ll.local_bounds(model, normal(9, 4, 6), 0.1)
-
-
-@pytest.mark.parametrize("guarantee", GUARANTEES[1:])
-def test_a_subclass_of_tensor_as_x_is_compared_too(guarantee: str, unrecognised: None) -> None:
-    model = nn.Sequential(linear(0, 6, 6), Steep(), linear(2, 6, 3))
-    with pytest.raises(ll.UnsupportedModuleError, match="more than rounding explains"):
-        ll.certify(model, normal(9, 4, 6).as_subclass(type("X", (torch.Tensor,), {})), 0.1, guarantee=guarantee)
 
 
 def test_the_clean_logits_of_a_proof_are_the_network_s_however_deep() -> None:
@@ -693,7 +681,7 @@ def test_random_models_are_bounded_as_they_compute_or_refused(
         return
     event("bounded")
     bounds = ll.local_bounds(model, x, eps, guarantee=guarantee)
-    rounding = {32: 1e-4, 64: 1e-9}[bits]
+    rounding = {32: 3e-3, 64: 1e-9}[bits]  # scaled by up to 10^4 on the way, with biases that cancel
     torch.testing.assert_close(bounds.logits.detach().double(), clean.double(), rtol=rounding, atol=rounding)
     held = certificate.certified
     directions = normal(3, 20, *x.shape)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallip_cuda.propagation.rules import RULES, Affine, Activation, Site
+from locallip_cuda.propagation.rules import RULES, Activation, Affine, Site
 from locallip_cuda.propagation.trace import Node, Trace
 
 

@@ -17,19 +17,15 @@ from torch import Tensor, nn
 import locallip_cuda as ll
 from locallip_cuda.experiments import training
 from locallip_cuda.experiments.recipes import recipe
+from locallip_cuda.norms.iteration import iterated_norm
 from locallip_cuda.propagation import training_norms
-from locallip_cuda.propagation.layers import Operator, UnsupportedModuleError
+from locallip_cuda.propagation.graph import UnsupportedModuleError
 
 every_device = pytest.mark.parametrize("device", DEVICES)
 
 
 def labels(count: int, classes: int = 3, device: str = "cpu") -> Tensor:
     return torch.arange(count, device=device) % classes
-
-
-def geometry(operator: Operator) -> dict[str, Any]:
-    stride, padding, dilation, groups = operator.geometry
-    return {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
 
 def converged(b: ll.LocalBounds) -> Tensor:
@@ -101,19 +97,11 @@ def test_bounds_of_every_kind_of_network(name: str, device: str) -> None:
     assert (b.closeness <= 1 + 1e-9).all() and (b.closeness.numel() == 0 or b.closeness.mean() > 0.98)
     norms.eval()
     b = ll.local_bounds(model, x, 0.1, norms=norms, y=y)
-    for layer, (operator, sizes) in enumerate(b.operators):
-        kept = norms.get_buffer(f"right{layer}")
+    for i, layer in enumerate(b.layers):
+        kept = norms.get_buffer(f"right{i}")
         start = kept[y] if len(kept) > 1 else kept
-        expected = ll.masked_norm(
-            operator.weight,
-            b.row_masks[layer],
-            b.input_masks[layer],
-            input_size=sizes,
-            start=start if len(start) > 1 else start[0],
-            iterations=norms.iterations[layer],
-            **geometry(operator),
-        )
-        torch.testing.assert_close(b.layer_norms[:, layer], expected)
+        expected = iterated_norm(layer.linear, layer.row_mask, layer.input_mask, 6, start, norms.iterations[i])[0]
+        torch.testing.assert_close(layer.norm, expected)
     if b.layer_norms.shape[1]:
         wanted = [p for p in model.parameters() if p.requires_grad]
         near = ll.local_bounds(model, x, 0.1, iterations=100).lipschitz.sum()
@@ -189,7 +177,7 @@ def test_never_above_the_norm_but_where_shared(seed: int, share: float, batch: i
         b = ll.local_bounds(model, x[step], 0.2, norms=norms, y=labels(batch))
     weights = [model[0].weight, model[2].weight]
     for layer, weight in enumerate(weights):
-        columns = b.input_masks[layer]
+        columns = b.layers[layer].input_mask
         rows = b.row_masks[layer].double()
         masked = rows.unsqueeze(2) * weight * (1.0 if columns is None else columns.double().unsqueeze(1))
         true = torch.linalg.matrix_norm(masked, 2)
@@ -365,7 +353,7 @@ WIDER = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn
         (
             {"norms": ll.TrainingNorms(OTHER, torch.zeros(1, 3).double())},
             ValueError,
-            "norms: got those of 1 layers, want model's 2",
+            "norms: got those of 1 operators, want model's 2",
         ),
         (
             {"norms": ll.TrainingNorms(WIDER, torch.zeros(1, 3).double())},
@@ -380,11 +368,11 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], error: type[Excepti
 
 
 def test_models_without_bounds_are_named() -> None:
-    with pytest.raises(UnsupportedModuleError, match="model: got Linear, want a Sequential"):
-        ll.TrainingNorms(nn.Linear(3, 3), torch.zeros(1, 3))
+    with pytest.raises(UnsupportedModuleError, match="model: layer_norm has no bound"):
+        ll.TrainingNorms(nn.LayerNorm(3), torch.zeros(1, 3))
     with pytest.raises(TypeError, match="x: got list, want a torch.float32 or torch.float64 tensor"):
         ll.TrainingNorms(OTHER, [0.0, 1.0])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"x: model\.0 gets shape \(B, 4\), want \(B, 3\)"):
+    with pytest.raises(ValueError, match=r"x: got shape \(1, 4\).*model\.0: linear of"):
         ll.TrainingNorms(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4))
 
 

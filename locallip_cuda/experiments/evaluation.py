@@ -301,7 +301,9 @@ def measure(
         first_bounds = local_bounds(model, one, eps, radius=radius, iterations=iterations)
         lipschitz_global = float(first_bounds.global_lipschitz)
         seconds["global bound"] = time.perf_counter() - started
-    return _summary(journal, count, eps, proofs, failure_probability, proof_seed, first_bounds.last_weight, lipschitz_global)
+    return _summary(
+        journal, count, eps, proofs, failure_probability, proof_seed, first_bounds.last_weight, lipschitz_global
+    )
 
 
 def _summary(

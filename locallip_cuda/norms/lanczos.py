@@ -121,7 +121,9 @@ def absolute_norms_of(linear: LinearMap, row_mask: Tensor | None, col_mask: Tens
     """
     size, like = linear.absolute(), linear.like
 
-    def largest(product: Callable[[Tensor], Tensor], mask: Tensor | None, sizes: list[int], of: Tensor | None) -> Tensor:
+    def largest(
+        product: Callable[[Tensor], Tensor], mask: Tensor | None, sizes: list[int], of: Tensor | None
+    ) -> Tensor:
         ones = like.new_ones(1, *sizes) if mask is None else mask.to(like.dtype)
         sums = product(ones)
         return (sums if of is None else torch.where(of, sums, 0)).flatten(1).amax(1)
@@ -234,9 +236,7 @@ def _in_chunks(
     starts = max(math.ceil(math.log(failure_probability) / math.log(LEAST_MISS)), 1)
     for part in torch.split(alive, max(CHUNK[operator.device.type] // (starts * units), 1)) if len(alive) else ():
         rows, cols = (None if mask is None else mask[part] for mask in (row_mask, col_mask))
-        found = _bounds_of_chunk(
-            operator, rows, cols, absolute[part], starts, failure_probability, tightness, randbits
-        )
+        found = _bounds_of_chunk(operator, rows, cols, absolute[part], starts, failure_probability, tightness, randbits)
         upper[part], estimate[part] = torch.minimum(upper[part], found[0]), found[1]
     return upper, estimate
 
@@ -263,9 +263,7 @@ def _bounds_of_chunk(
     cols = column(power) if col_mask is None else col_mask * column(power)
     rows, cols = rows.repeat_interleave(starts, 0), cols.repeat_interleave(starts, 0)
     q = _gaussian(starts * batch, math.prod(sizes), randbits).to(operator.device).view(-1, *sizes)
-    q, rows, cols = (
-        t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in (q, rows, cols)
-    )
+    q, rows, cols = (t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in (q, rows, cols))
     q = q if col_mask is None else torch.where(cols != 0, q, 0)
     length = q.flatten(1).norm(dim=1)
     q = q / column(length)

@@ -505,7 +505,9 @@ def composed(first: LinearMap, second: LinearMap) -> LinearMap:
     """``second`` after ``first``."""
     if isinstance(first, Identity) or isinstance(second, Identity):
         return second if isinstance(first, Identity) else first
-    return Composed([each for part in (first, second) for each in (part.maps if isinstance(part, Composed) else [part])])
+    return Composed(
+        [each for part in (first, second) for each in (part.maps if isinstance(part, Composed) else [part])]
+    )
 
 
 def added(first: LinearMap, second: LinearMap) -> LinearMap:

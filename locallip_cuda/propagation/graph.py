@@ -8,6 +8,7 @@ joins their lists, and terms on the same fact become one map. An activation clos
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -355,9 +356,7 @@ class _Lowering:
         values = [self.values[id(each)] for each in tensors]
         if node.function is torch.stack:
             sizes = [*values[0].sizes[: dim - 1], 1, *values[0].sizes[dim - 1 :]]
-            values = [
-                self._mapped(value, Affine(Reshape(value.sizes, sizes, self.like)), node) for value in values
-            ]
+            values = [self._mapped(value, Affine(Reshape(value.sizes, sizes, self.like)), node) for value in values]
         if len(values) == 1:
             return values[0]
         sources = {term.source for value in values for term in value.terms}
@@ -419,12 +418,41 @@ def _name(function: Any) -> str:
     return name or repr(function)
 
 
+# For torch.compile, which can go through a trace, but not make one: of each model and size of a sample the last one,
+# as long as the model lives.
+_at_hand: dict[tuple[int, tuple[int, ...]], Trace] = {}
+
+
+def _keep(model: nn.Module, x: Tensor, trace: Trace) -> None:
+    """The same object as long as the same is run: torch.compile asks for it."""
+    key = id(model), tuple(x.shape[1:])
+    known = _at_hand.get(key)
+    if known is None or not known.runs_the_same(trace):
+        if known is None:
+            weakref.finalize(model, _at_hand.pop, key, None)
+        _at_hand[key] = trace
+
+
+def _kept_trace(model: nn.Module, x: Tensor) -> Trace:
+    trace = _at_hand.get((id(model), tuple(x.shape[1:])))
+    if trace is None:
+        raise RuntimeError(
+            "model: got one that torch.compile meets first, want one call of local_bounds without it before, with a "
+            "sample of this size, from which it takes what the model runs"
+        )
+    return trace
+
+
 def traced(model: nn.Module, x: Tensor) -> Trace:
     """What ``model(x)`` runs. UnsupportedModuleError where that cannot be recorded."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
+    if torch.compiler.is_compiling():
+        return _kept_trace(model, x)
     try:
-        return Trace(model, x)
+        trace = Trace(model, x)
+        _keep(model, x, trace)
+        return trace
     except UntraceableError as error:
         raise UnsupportedModuleError(f"{error}; it has no bound") from error
     except (RuntimeError, TypeError, IndexError) as error:

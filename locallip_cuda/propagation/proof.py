@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn import halves
 from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Sum
 from ..norms.linear_bound import absolute_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up

@@ -432,7 +432,7 @@ def _hardtanh(at: Site, value: Any, min_val: float = -1.0, max_val: float = 1.0,
 
 
 @rule(Tensor.clamp, torch.clamp, Tensor.clip, torch.clip)
-def _clamp(at: Site, value: Any, min: Any = None, max: Any = None) -> Activation:  # noqa: A002
+def _clamp(at: Site, value: Any, min: Any = None, max: Any = None) -> Activation:
     if any(isinstance(limit, Tensor) and limit.dim() > 1 and len(limit) != 1 for limit in (min, max)):
         raise ValueError("limits that differ between samples, want the same for every sample")
     return Activation(lambda x: x.clamp(min, max), exact=True)

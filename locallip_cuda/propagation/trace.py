@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 def at(path: str) -> str:
     """How messages name the module at ``path``."""
     return f"model.{path}" if path else "model"
@@ -174,6 +173,27 @@ class Trace:
                 needed |= {id(other) for other in _nodes((node.args, node.kwargs))}
         self.nodes.reverse()
 
+    def runs_the_same(self, other: Trace) -> bool:
+        """Whether ``other`` calls the same functions on the same values, and on constants that are the same objects."""
+        if len(self.nodes) != len(other.nodes) or self.input.shape[1:] != other.input.shape[1:]:
+            return False
+        alike = {id(self.input): id(other.input)}
+        for mine, theirs in zip(self.nodes, other.nodes, strict=True):
+            mine_items, their_items = (list(_leaves((node.args, node.kwargs))) for node in (mine, theirs))
+            if mine.function is not theirs.function or mine.shape[1:] != theirs.shape[1:]:
+                return False
+            if len(mine_items) != len(their_items) or mine.kwargs.keys() != theirs.kwargs.keys():
+                return False
+            for a, b in zip(mine_items, their_items, strict=True):
+                if isinstance(a, Node):
+                    same = alike.get(id(a)) == id(b)
+                else:
+                    same = a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
+                if not same:
+                    return False
+            alike[id(mine)] = id(theirs)
+        return alike.get(id(self.output)) == id(other.output)
+
     def __call__(self, x: Tensor) -> Tensor:
         """What the recorded functions make of ``x``, laid out as what was recorded. ValueError for another shape."""
         if x.shape != self.input.shape or x.stride() != self._stride:
@@ -248,6 +268,10 @@ class _Recorder:
         path, name = self.path(), getattr(func, "__name__", repr(func))
         if name == "__get__":  # of a property
             name = getattr(getattr(func, "__self__", func), "__name__", name)
+        if name == "requires_grad":
+            raise self.error(
+                "asks whether a value has a gradient, as a module with a full backward hook does; want none"
+            )
         if func in _NUMBERS:
             raise self.error(
                 f"{name} asks for the numbers of a value, so that what runs depends on them; want a program that "

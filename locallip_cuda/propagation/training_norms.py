@@ -122,7 +122,9 @@ class TrainingNorms(nn.Module):
         kept = self._kept(layer, linear.input_sizes)
         norm, right, _ = iterated_norm(linear, None, None, 1, kept[:1], SHARED_ITERATIONS)
         if self.training:
-            some = (norm > 0).view(-1, *[1] * len(linear.input_sizes))  # neither of a zero weight nor of one that is no number
+            some = (norm > 0).view(
+                -1, *[1] * len(linear.input_sizes)
+            )  # neither of a zero weight nor of one that is no number
             kept.copy_(torch.where(some, right, kept))
         return norm
 
