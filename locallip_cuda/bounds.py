@@ -460,8 +460,8 @@ def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps
         features, centre, half_width = box_of(fact)
         part = affine(term.linear, features, head.bias if logits is None else None)
         logits = part if logits is None else logits + part
-        box = (features, centre - half_width, centre + half_width)
-        last.append(LastTerm(*(t.flatten(1) for t in box), radius, term.linear.dense().clone()))
+        features, lower, upper = (t.flatten(1) for t in (features, centre - half_width, centre + half_width))
+        last.append(LastTerm(features, lower, upper, radius, term.linear.dense().clone()))
     assert logits is not None
     none = [logits.new_zeros(2)]
     return LocalBounds(
@@ -487,10 +487,9 @@ def _proved(
         radii = [up(eps * each) for each in own]
     logits, logit_error = proved_affine(head.terms, head, [(fact.values, fact.error) for fact in facts])
     for term, fact, radius in zip(head.terms, facts, radii, strict=True):
-        lower, upper = fact.end_points()
         weight, weight_error = last_weight(term)
-        values = (t.flatten(1) for t in (fact.values, lower, upper))
-        last.append(LastTerm(*values, radius, weight.clone(), fact.error.flatten(1), weight_error))
+        features, lower, upper = (t.flatten(1) for t in (fact.values, *fact.end_points()))
+        last.append(LastTerm(features, lower, upper, radius, weight, fact.error.flatten(1), weight_error))
     return ProvedBounds(
         logits=logits,
         lipschitz=lipschitz,

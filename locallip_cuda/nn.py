@@ -66,14 +66,14 @@ def halves(module: str, z: Tensor) -> tuple[Tensor, Tensor]:
 def clipped_relu(z: Tensor, threshold: Tensor) -> Tensor:
     """min(max(z, 0), threshold): z (B, *shape), threshold (1, *shape), >= 0."""
     if has_torch_function((z, threshold)):
-        return handle_torch_function(clipped_relu, (z, threshold), z, threshold)  # type: ignore[no-any-return]
+        return handle_torch_function(clipped_relu, (z, threshold), z, threshold)
     return torch.minimum(torch.relu(z), threshold)
 
 
 def maxmin(z: Tensor) -> Tensor:
     """cat([max(a, b), min(a, b)], 1) for the halves a, b of the channels of z (B, C, ...), C even."""
     if has_torch_function((z,)):
-        return handle_torch_function(maxmin, (z,), z)  # type: ignore[no-any-return]
+        return handle_torch_function(maxmin, (z,), z)
     a, b = halves("MaxMin", z)
     return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
 
@@ -85,7 +85,7 @@ def clipped_maxmin(z: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
     """
     if has_torch_function((z, upper, lower)):
         tensors = (z, upper, lower)
-        return handle_torch_function(clipped_maxmin, tensors, z, upper=upper, lower=lower)  # type: ignore[no-any-return]
+        return handle_torch_function(clipped_maxmin, tensors, z, upper=upper, lower=lower)
     a, b = halves("ClippedMaxMin", z)
     high = torch.minimum(torch.maximum(a, b), upper)
     low = torch.maximum(torch.minimum(a, b), lower)

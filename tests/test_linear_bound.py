@@ -63,15 +63,11 @@ def test_sizes_far_apart_leave_the_absolute_norm() -> None:
     huge = Dense(randn(g, 5, 5) * 1e200)
     for linear in (Composed([tiny, huge]), Composed([huge, tiny]), Composed([huge, huge]), Composed([tiny, tiny])):
         found = float(proved_norm(linear, None, None, 1, "probabilistic", 1e-9))
-        first, second = (Fraction(float(torch.linalg.matrix_norm(each.dense(), 2))) for each in linear.maps)
-        true = Fraction(
-            float(
-                torch.linalg.matrix_norm(
-                    (linear.maps[1].dense() / float(second)) @ (linear.maps[0].dense() / float(first)), 2
-                )
-            )
-        )
-        assert found == math.inf or Fraction(found) >= true * first * second * Fraction(1 - 1e-12)
+        first, second = (each.dense() for each in linear.maps)
+        sizes = [float(torch.linalg.matrix_norm(each, 2)) for each in (first, second)]
+        unit = Fraction(float(torch.linalg.matrix_norm((second / sizes[1]) @ (first / sizes[0]), 2)))
+        true = unit * Fraction(sizes[0]) * Fraction(sizes[1])
+        assert found == math.inf or Fraction(found) >= true * Fraction(1 - 1e-12)
 
 
 def test_batches_of_none() -> None:

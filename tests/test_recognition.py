@@ -186,6 +186,7 @@ OTHERS: dict[str, Callable[[], nn.Sequential]] = {
 REFUSED = {
     "cosine head": r"model\.2: normalize has no bound",
     "hidden cosine": r"model\.0: normalize has no bound",
+    "backward hook": r"model\.0: asks whether a value has a gradient.*backward hook",
 }
 
 

@@ -35,8 +35,9 @@ def converged_norm(linear: LinearMap, rows: Tensor | None, columns: Tensor | Non
     chunk = max(ESTIMATE_CHUNK // max(math.prod(linear.input_sizes), 1), 1)
     parts = []
     for first in range(0, batch, chunk):
-        own = (None if mask is None else mask[first : first + chunk] for mask in (rows, columns))
-        parts.append(iterated_norm(linear, *own, min(chunk, batch - first), None, ESTIMATE_ITERATIONS)[0])
+        own_rows, own_columns = (None if mask is None else mask[first : first + chunk] for mask in (rows, columns))
+        count = min(chunk, batch - first)
+        parts.append(iterated_norm(linear, own_rows, own_columns, count, None, ESTIMATE_ITERATIONS)[0])
     return torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64, device=linear.like.device)
 
 
@@ -67,10 +68,9 @@ def proved_norm(
         return proved_norm(linear.of, columns, rows, batch, *more)
     if isinstance(linear, (Dense, Convolution)):
         weight, inner, outer, geometry = linear.planar()
-        laid_out = (
-            None if mask is None else mask.reshape(batch, *sizes) for mask, sizes in ((rows, outer), (columns, inner))
-        )
-        return norm_bound(weight, *laid_out, [batch, *inner], geometry, *more)[0]
+        rows = None if rows is None else rows.reshape(batch, *outer)
+        columns = None if columns is None else columns.reshape(batch, *inner)
+        return norm_bound(weight, rows, columns, [batch, *inner], geometry, *more)[0]
     if isinstance(linear, Composed):
         inner_map, inner_rows, inner_columns, first, last = without_ends(linear, rows, columns, batch)
         if first is not None or last is not None:
@@ -89,22 +89,29 @@ def absolute_norm(linear: LinearMap, rows: Tensor | None, columns: Tensor | None
 
 
 def _factorised(
-    linear: LinearMap, rows: Tensor | None, columns: Tensor | None, batch: int, absolute: Tensor, *more: object
+    linear: LinearMap,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    batch: int,
+    absolute: Tensor,
+    guarantee: str,
+    failure_probability: float,
+    tightness: float,
+    seed: int | None,
 ) -> Tensor:
+    more = (batch, guarantee, failure_probability, tightness, seed)
     outputs, inputs = math.prod(linear.output_sizes), math.prod(linear.input_sizes)
     if outputs * inputs <= DENSE_ENTRIES and min(outputs, inputs) <= DENSE_UNITS:
-        flat = (None if mask is None else mask.flatten(1) for mask in (rows, columns))
-        written_out = proved_norm(Dense(linear.dense()), *flat, batch, *more)  # type: ignore[arg-type]
+        flat_rows, flat_columns = (None if mask is None else mask.flatten(1) for mask in (rows, columns))
+        written_out = proved_norm(Dense(linear.dense()), flat_rows, flat_columns, *more)
         return up(written_out + up(absolute * (gamma(linear.adjoint_terms + 8) * (1 + 4 * UNIT))))
     if isinstance(linear, Composed):
-        result = torch.ones_like(absolute)
-        ends = (len(linear.maps) - 1, rows), (0, columns)
+        result, last = torch.ones_like(absolute), len(linear.maps) - 1
         for i, part in enumerate(linear.maps):
-            own = (mask if i == end else None for end, mask in ends)
-            result = up(result * proved_norm(part, *own, batch, *more))  # type: ignore[arg-type]
+            result = up(result * proved_norm(part, rows if i == last else None, None if i else columns, *more))
         return result
     assert isinstance(linear, Sum)
     result = torch.zeros_like(absolute)
     for part in linear.maps:
-        result = up(result + proved_norm(part, rows, columns, batch, *more))  # type: ignore[arg-type]
+        result = up(result + proved_norm(part, rows, columns, *more))
     return result

@@ -46,7 +46,7 @@ def _unchanged(t: Tensor) -> Tensor:
 
 
 class Estimate(Pass[Fact]):
-    """The masked norms take ``iterations``, from the global singular vectors, or those of ``kept`` with labels ``y``."""
+    """Masked norms of ``iterations``, from the global singular vectors, or those of ``kept`` with the labels ``y``."""
 
     rounded = staticmethod(_unchanged)
 
