@@ -57,14 +57,18 @@ def ascend(objective: Callable[[Tensor], Tensor], x: Tensor, eps: Tensor, steps:
 class Judge:
     """Checks points against bounds, and keeps how near they came."""
 
-    def __init__(self, model: nn.Sequential, x: Tensor, bounds: list[ll.LocalBounds]) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, bounds: list[ll.LocalBounds]) -> None:
         self.model, self.x, self.bounds = model, x, bounds
         classes = bounds[0].logits.shape[1]
         # [b, y, j]: the most that logit j minus logit y can become
         self.worst = []
         self.safe = []  # [b, y]: certified for label y
         for b in bounds:
-            labels = [torch.full((len(x),), y, device=x.device) for y in range(classes)]
+            labels = [torch.full((len(x),), y, device=x.device) for y in range(classes)] if classes > 1 else []
+            if not labels:
+                self.worst.append(b.upper.new_full((len(x), 1, 1), torch.inf))
+                self.safe.append(torch.zeros(len(x), 1, dtype=torch.bool))
+                continue
             self.worst.append(torch.stack([b.worst_logits(y) for y in labels], 1) - b.logits.unsqueeze(2))
             self.safe.append(torch.stack([b.margin(y) > 0 for y in labels], 1))
         self.reached_radius = self.reached_box = self.reached_margin = 0.0
@@ -99,14 +103,14 @@ class Judge:
 
 def features_of(model: nn.Module, x: Tensor) -> Tensor:
     """What the last layer takes: a bound of a ball without a radius knows the clean values."""
-    return ll.local_bounds(model, x, 0.0, iterations=0).features
+    return ll.global_bounds(model, x, 0.0, iterations=0).features
 
 
-def judge_everything(model: nn.Sequential, x: Tensor, eps: Tensor, *, steps: int, units: int, count: int) -> Judge:
+def judge_everything(model: nn.Module, x: Tensor, eps: Tensor, *, steps: int, units: int, count: int) -> Judge:
     radii: tuple[Radius, Radius] = ("local", "global")
     with torch.no_grad():
         bounds = [ll.local_bounds(model, x, eps, radius=r, iterations=CONVERGED) for r in radii]
-        if not any(isinstance(module, nn.Softplus) for module in model):
+        if not any(isinstance(module, nn.Softplus) for module in model.modules()):
             bounds += [ll.local_bounds(model, x, eps, radius=r, guarantee=g) for r in radii for g in PROOFS]
     judge = Judge(model, x, bounds)
     features, clean = partial(features_of, model), bounds[0].features
@@ -128,6 +132,8 @@ def judge_everything(model: nn.Sequential, x: Tensor, eps: Tensor, *, steps: int
 
         judge(ascend(gain, x, eps, steps, shift))
     g = torch.Generator().manual_seed(5)
+    if classes == 1:
+        return judge
     judge(iter([attack.pgd(model, x, prediction, eps, steps=30, generator=g)]))
     return judge
 

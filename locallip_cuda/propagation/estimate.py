@@ -100,14 +100,18 @@ class Estimate(Pass[Fact]):
                 half_width = spread if half_width is None else half_width + spread
         assert values is not None
         activation = layer.activation
-        values, half_width, rows, columns, slack, varying = ops.activation_pattern(
-            values,
-            half_width,
-            *self._ball(layer, facts),
+        squares, radius = self._ball(layer, facts)
+        found = ops.activation_pattern(
+            planar_values(values),
+            None if half_width is None else planar_values(half_width),
+            planar_values(squares),
+            radius,
             activation.kind or "identity",
-            activation.first,
-            activation.second,
+            None if activation.first is None else planar_values(activation.first),
+            None if activation.second is None else planar_values(activation.second),
         )
+        values, half_width, rows, columns = (t.reshape(len(t), *layer.sizes) for t in found[:4])
+        slack, varying = found[4:]
         if not activation.kind:
             clean, centre = values.chunk(2)
             lower, upper = activation.interval(low := centre - half_width, high := centre + half_width)
@@ -258,6 +262,13 @@ def _with_box(fact: Fact) -> Fact:
 
 def _mask(mask: Tensor | None, values: Tensor, batch: int) -> Tensor:
     return torch.ones_like(values[:batch], dtype=torch.bool) if mask is None else mask
+
+
+def planar_values(values: Tensor) -> Tensor:
+    """Values over one or three dimensions as images, which the op takes."""
+    if values.dim() == 3:
+        return values.unsqueeze(2)
+    return values.flatten(2, 3) if values.dim() == 5 else values
 
 
 def _root(squares: Tensor) -> Tensor:
