@@ -35,7 +35,7 @@ class Certificate(NamedTuple):
 
 @torch.no_grad()
 def certify(
-    model: nn.Sequential,
+    model: nn.Module,
     x: Tensor,
     eps: float | Tensor,
     *,
@@ -70,7 +70,7 @@ def certify(
 
 
 def certified_radius(
-    model: nn.Sequential,
+    model: nn.Module,
     x: Tensor,
     *,
     max_eps: float,

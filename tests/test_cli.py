@@ -29,10 +29,13 @@ def _help(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_explains_every_number_and_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = _help("train", capsys)
     for field in dataclasses.fields(Recipe):
-        if field.name != "preset":
+        if field.name not in ("preset", "model"):
             assert f"--{field.name.replace('_', '-')} " in text or f"--{field.name}, --no-" in text, field.name
             assert text.count(field.metadata["help"]) == 1, field.name
-    assert "0.1551 for cifar10-4c3f, cifar10-6c2f; 0.16 for tinyimagenet-8c2f" in text
+    assert (
+        "0.1551 for cifar10-4c3f, cifar10-6c2f, cifar10-liresnet-s, cifar10-liresnet; 0.16 for tinyimagenet-8c2f"
+        in text
+    )
     assert "0.0001 for tinyimagenet-8c2f with (clipped-)maxmin" in text
     text = _help("certify", capsys)
     assert "(default: 50)" in text and "(default: probabilistic)" in text and "(default: 1e-9)" in text
@@ -71,13 +74,13 @@ def test_every_number_reaches_the_recipe(tmp_path: Path) -> None:
         **{"threshold_weight": 0.2, "threshold_init": 1.5, "clip_init_first": 0.3, "clip_init_last": 0.6},
         **{"crop": 2, "flip": True, "seed": 9, "evaluate_every": 2},
     }
-    assert given.keys() == {f.name for f in dataclasses.fields(Recipe)} - {"preset"}
+    assert given.keys() == {f.name for f in dataclasses.fields(Recipe)} - {"preset", "model"}
     options = []
     for name, value in given.items():
         options += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     assert cli.main(["train", "digits", "--device", "cpu", "--out", str(tmp_path), *options]) == 0
     _, stored, _ = training.load_model(tmp_path / training.CHECKPOINT_NAME)
-    assert stored.to_dict() == {"preset": "digits", **given}
+    assert stored.to_dict() == {"preset": "digits", "model": "", **given}
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
@@ -206,3 +209,37 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for name, value in build_info().items():
         assert name in printed and (isinstance(value, list) or str(value) in printed)
+
+
+def test_a_network_of_the_user_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_network.py").write_text(
+        "import torch.nn.functional as F\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        x = F.relu(self.conv(x) + x)\n"
+        "        return self.head(F.max_pool2d(x, 2).flatten(1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    place = ["--model", "own_network:Net"]
+    train = ["train", *place, "--dataset", "digits", "--epochs", "2", "--out", "run", "--device", "cpu"]
+    assert cli.main(train) == 0
+    assert "Certify with: locallip certify run --model own_network:Net" in capsys.readouterr().out
+    assert cli.main(["certify", "run", *place, "--limit", "20", "--attack-steps", "3"]) == 0
+    assert "own_network:Net: 20 test samples of digits" in capsys.readouterr().out
+    assert cli.main([*train, "--resume"]) == 0
+    for wrong, message in (
+        (["certify", "run"], "model: got none, want own_network:Net"),
+        (["certify", "run", "--model", "other:Net"], "model: got other:Net, want own_network:Net"),
+        (["train", *place], "train takes a PRESET, or --model"),
+        (["train", "digits", *place, "--dataset", "digits"], "train takes a PRESET, or --model"),
+        (["train"], "train takes a PRESET, or --model"),
+        (["train", "--model", "nowhere:net", "--dataset", "digits", "--out", "x"], "cannot be imported"),
+    ):
+        assert cli.main(wrong) == 2
+        assert message in capsys.readouterr().err

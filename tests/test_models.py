@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import locallip_cuda as ll
 from locallip_cuda.experiments import models
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin
 
@@ -25,13 +26,49 @@ STAGES = {
 TYPES = {"relu": nn.ReLU, "clipped-relu": ClippedReLU, "maxmin": MaxMin, "clipped-maxmin": ClippedMaxMin}
 
 
+RESIDUAL = {"cifar10-liresnet-s", "cifar10-liresnet"}
+
+
+@pytest.mark.parametrize("activation", models.ACTIVATIONS)
+@pytest.mark.parametrize("name", sorted(RESIDUAL))
+def test_residual_networks(name, activation):
+    spec = models.spec(name)
+    model = models.build(name, activation)
+    x = torch.rand(2, *spec.input_shape)
+    assert model(x).shape == (2, spec.classes)
+    assert len(model.blocks) == spec.blocks and {conv.weight.shape[:2] for conv in model.blocks} == {
+        (spec.channels, spec.channels)
+    }
+    assert [type(each) for each in model.activations] == [TYPES[activation]] * (spec.blocks + 3)
+    if name == "cifar10-liresnet-s":
+        b = ll.local_bounds(model, x, 0.1)
+        assert len(b.layers) == spec.blocks + 3, "a block and its skip are one operator"
+        torch.testing.assert_close(b.last_weight.norm(dim=1), torch.ones(10))
+
+
+def test_networks_that_are_imported(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Linear(3, 2)\ndef number():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(models.imported("mine:net"), nn.Linear)
+    for place, message in (
+        ("mine", "want package.module:function"),
+        ("mine:other", "cannot be imported"),
+        ("nowhere.at_all:net", "cannot be imported"),
+        ("mine:number", "returns int, want a torch.nn.Module"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.imported(place)
+
+
 def test_all_models_are_covered():
-    assert set(STAGES) == set(models.MODELS)
+    assert set(STAGES) | RESIDUAL == set(models.MODELS)
     assert set(TYPES) == set(models.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", models.ACTIVATIONS)
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", STAGES)
 def test_layers(name, activation):
     spec = models.spec(name)
     model = models.build(name, activation)

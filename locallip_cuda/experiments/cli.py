@@ -22,7 +22,7 @@ from . import data, evaluation, models, report, training
 from .checkpoint import CheckpointError
 from .distributed import Workers
 from .journal import Journal
-from .recipes import PRESETS, Recipe, recipe
+from .recipes import OF_DATA, PRESETS, Recipe, recipe
 
 
 class RefutedError(Exception):
@@ -90,7 +90,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the recipe's numbers", "Each has the preset's value unless given here.")
     types = get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
-        if field.name == "preset":
+        if field.name in ("preset", "model"):
             continue
         options: dict[str, Any] = {
             "default": argparse.SUPPRESS,
@@ -107,6 +107,22 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
+def _add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="a network of yours in place of a preset's: a function of no arguments that returns it",
+    )
+
+
+def _preset(arguments: argparse.Namespace) -> str:
+    """The preset given, or the one whose numbers a network of the user's is trained by."""
+    if bool(arguments.model) != bool(arguments.dataset) or bool(arguments.model) == bool(arguments.preset):
+        raise ValueError("train takes a PRESET, or --model PACKAGE.MODULE:FUNCTION with --dataset NAME")
+    return arguments.preset or OF_DATA[arguments.dataset]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="locallip", description="Train and certify networks against l2 perturbations with local Lipschitz bounds."
@@ -119,7 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a network by a preset recipe. Ctrl-C leaves a checkpoint; --resume goes on from it exactly. "
         "Several processes: torchrun --nproc-per-node N --no-python locallip train ...",
     )
-    trainer.add_argument("preset", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
+    trainer.add_argument("preset", nargs="?", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
+    _add_model_option(trainer)
+    trainer.add_argument(
+        "--dataset", choices=OF_DATA, help="what to train it on, by the numbers of the preset for this data"
+    )
     trainer.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
     trainer.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for checkpoint and logs (default: runs/PRESET)"
@@ -144,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         "A run that is stopped goes on where it was when the same command is given again.",
     )
     certifier.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
+    _add_model_option(certifier)
     certifier.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
     certifier.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
     certifier.add_argument("--eps", type=_real, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)")
@@ -191,10 +212,10 @@ def _recipe(arguments: argparse.Namespace, out: Path) -> Recipe:
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Recipe) if f.name in vars(arguments)}
     if not arguments.resume:
         changes = {name: value for name, value in given.items() if name not in ("preset", "activation")}
-        return recipe(arguments.preset, given.get("activation")).replace(**changes)
+        return recipe(_preset(arguments), given.get("activation")).replace(**changes)
     path = out / training.CHECKPOINT_NAME
-    _, stored, _ = training.load_model(path)
-    for name, value in given.items():
+    _, stored, _ = training.load_model(path, arguments.model)
+    for name, value in {**given, "preset": _preset(arguments)}.items():
         if value != getattr(stored, name):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {value}, but the run in {out} has {getattr(stored, name)}; "
@@ -204,8 +225,9 @@ def _recipe(arguments: argparse.Namespace, out: Path) -> Recipe:
 
 
 def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
-    _check_data(arguments.preset, arguments.data)
-    out: Path = arguments.out or Path("runs") / arguments.preset
+    preset = _preset(arguments)
+    _check_data(preset, arguments.data)
+    out: Path = arguments.out or Path("runs") / (arguments.model.rpartition(":")[2] or preset)
     with Workers() as workers:
         device = _choose_device(arguments.device, workers.local_rank)
         workers.connect(device)
@@ -236,7 +258,8 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             else:
                 print(f"Trained {trainer.seconds:.0f} s. Checkpoint: {trainer.path}")
             data_option = f" --data {shlex.quote(str(arguments.data))}" if arguments.data else ""
-            print(f"Certify with: locallip certify {shlex.quote(str(out))}{data_option}")
+            own = f" --model {shlex.quote(arguments.model)}" if arguments.model else ""
+            print(f"Certify with: locallip certify {shlex.quote(str(out))}{own}{data_option}")
     return 0
 
 
@@ -246,7 +269,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     path: Path = arguments.checkpoint
     if path.is_dir():
         path = path / training.CHECKPOINT_NAME
-    model, stored, config = training.load_model(path)
+    model, stored, config = training.load_model(path, arguments.model)
     _check_data(stored.preset, arguments.data)
     device = _choose_device(arguments.device)
     eps = stored.eps if arguments.eps is None else arguments.eps
@@ -294,11 +317,11 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"Stopped with {len(journal.samples)} samples done. The same command goes on from there.")
         return 128 + signal.SIGINT
-    title = f"{stored.preset}, {stored.activation}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
+    title = f"{stored.network}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
     print(report.table(measurement, title))
     context = {"command": ["locallip", *command], **context, "environment": report.environment(device)}
     report.write_json(out / "certify.json", measurement, context)
-    if report.plot(out / "certify.png", measurement, f"{stored.preset}, {stored.activation}"):
+    if report.plot(out / "certify.png", measurement, stored.network):
         print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
     else:
         print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")

@@ -133,7 +133,7 @@ class _Examiner:
 
     def __init__(
         self,
-        model: nn.Sequential,
+        model: nn.Module,
         eps: float,
         radius: Literal["local", "global"],
         proofs: Sequence[str],
@@ -236,7 +236,7 @@ class _Examiner:
 
 
 def measure(
-    model: nn.Sequential,
+    model: nn.Module,
     dataset: Dataset,
     eps: float,
     journal: Journal,

@@ -3,7 +3,8 @@
 The presets ``mnist-4c3f``, ``cifar10-4c3f``, ``cifar10-6c2f`` and ``tinyimagenet-8c2f`` are the recipes of "Training
 Certifiably Robust Neural Networks with Efficient Local Lipschitz Bounds" (Huang et al., NeurIPS 2021,
 arXiv:2111.01395) as its published scripts run them, but for the norms' iterations: theirs are 1 to 5, from vectors kept
-for every sample. ``digits`` is a small one for scikit-learn's bundled digits.
+for every sample. ``digits`` is a small one for scikit-learn's bundled digits; ``cifar10-liresnet-s`` and
+``cifar10-liresnet`` are residual.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class Recipe:
     """
 
     preset: str
+    model: str = field(
+        metadata={"help": "a network of yours in place of the preset's, from a function of no arguments"}
+    )
     activation: str = _number("activation of every hidden layer", choices=ACTIVATIONS)
     loss: str = _number(
         "certified loss: bcp, cross entropy of the worst logits in the ball; gloro, cross entropy with one more class "
@@ -121,6 +125,11 @@ class Recipe:
         done = (epoch - self.constant_epochs) / (self.epochs - self.constant_epochs)
         return float(self.learning_rate * (self.final_learning_rate / self.learning_rate) ** min(done, 1.0))
 
+    @property
+    def network(self) -> str:
+        """What titles call it."""
+        return self.model or f"{self.preset}, {self.activation}"
+
     def replace(self, **changes: Any) -> Recipe:
         """A copy with ``changes``; a new ``epochs`` scales the four lengths within it."""
         if "epochs" in changes and changes["epochs"] >= 1:
@@ -136,7 +145,7 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """The recipe that ``to_dict`` wrote. ValueError when a field is missing, unknown or out of range."""
         names = {f.name for f in dataclasses.fields(cls)}
-        values = {"global_epochs": 0.0, **values}  # earlier versions had none
+        values = {"global_epochs": 0.0, "model": "", **values}  # earlier versions had none
         if set(values) != names:
             missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
             raise ValueError(f"recipe with missing fields {missing} and unknown fields {unknown}")
@@ -154,6 +163,7 @@ def _thresholds(preset: str) -> dict[str, Any]:
 
 _CIFAR10 = Recipe(
     preset="cifar10-6c2f",
+    model="",
     activation="clipped-relu",
     loss="bcp",
     radius="local",
@@ -190,6 +200,22 @@ _TINYIMAGENET = dataclasses.replace(
     final_learning_rate=5e-7,
     sparse=0.01,
     **_thresholds("tinyimagenet-8c2f"),
+)
+
+
+def _lengths(epochs: int) -> dict[str, Any]:
+    return {"warmup_epochs": epochs / 60, "rampup_epochs": epochs / 2, "constant_epochs": epochs / 2}
+
+
+# Not published numbers: those of GloRo's loss with the schedule of the other presets.
+_LIRESNET = dataclasses.replace(
+    _CIFAR10,
+    preset="cifar10-liresnet",
+    activation="maxmin",
+    loss="gloro",
+    epochs=300,
+    **_lengths(300),
+    **_thresholds("cifar10-liresnet"),
 )
 
 _PRESETS: dict[str, Recipe] = {
@@ -230,12 +256,19 @@ _PRESETS: dict[str, Recipe] = {
     "cifar10-4c3f": dataclasses.replace(_CIFAR10, preset="cifar10-4c3f", **_thresholds("cifar10-4c3f")),
     "cifar10-6c2f": _CIFAR10,
     "tinyimagenet-8c2f": _TINYIMAGENET,
+    "cifar10-liresnet-s": dataclasses.replace(_LIRESNET, preset="cifar10-liresnet-s", epochs=60, **_lengths(60)),
+    "cifar10-liresnet": _LIRESNET,
 }
 
 # What the clipped MaxMin recipes change; the MaxMin without clipping takes the same numbers.
 _MAXMIN_CHANGES: dict[str, dict[str, Any]] = {"tinyimagenet-8c2f": {"learning_rate": 1e-4}}
 
 PRESETS = tuple(_PRESETS)
+
+# The presets whose numbers another network of the same data set trains by.
+OF_DATA = {
+    "digits": "digits", "mnist": "mnist-4c3f", "cifar10": "cifar10-6c2f", "tinyimagenet": "tinyimagenet-8c2f",
+}  # fmt: skip
 
 
 def recipe(preset: str, activation: str | None = None) -> Recipe:

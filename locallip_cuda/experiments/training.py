@@ -128,7 +128,7 @@ class Objective(nn.Module):
         norms: the state of the norms where the recipe leaves their iterations open, None otherwise.
     """
 
-    def __init__(self, model: nn.Sequential, recipe: Recipe, precision: str = "fp32") -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, precision: str = "fp32") -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
@@ -196,7 +196,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Sequential,
+    model: nn.Module,
     dataset: data.Dataset,
     recipe: Recipe,
     precision: str = "fp32",
@@ -567,9 +567,11 @@ class Trainer:
             yield board
 
 
-def build_model(recipe: Recipe) -> nn.Sequential:
+def build_model(recipe: Recipe) -> nn.Module:
     """The recipe's network with fresh weights from its seed (torch's global generator is seeded)."""
     torch.manual_seed(recipe.seed)
+    if recipe.model:
+        return models.imported(recipe.model)
     return models.build(
         recipe.preset,
         recipe.activation,
@@ -578,16 +580,22 @@ def build_model(recipe: Recipe) -> nn.Sequential:
     )
 
 
-def load_model(path: Path) -> tuple[nn.Sequential, Recipe, dict[str, Any]]:
-    """The network, the recipe and the whole configuration of a checkpoint. CheckpointError when it is unusable."""
+def load_model(path: Path, model: str = "") -> tuple[nn.Module, Recipe, dict[str, Any]]:
+    """The network, the recipe and the whole configuration of a checkpoint. CheckpointError when it is unusable.
+
+    ``model``: where to import the network from, if it is none of the presets'. What a checkpoint says of that is
+    compared with it, and never imported for itself. ValueError where they differ.
+    """
     tensors, config = checkpoint.load(path)
     try:
         recipe = Recipe.from_dict(config["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its configuration is not a training run's ({error})") from error
-    model = build_model(recipe)
-    checkpoint.load_into(model, checkpoint.group(tensors, "model"), path)
-    return model.eval(), recipe, config
+    if recipe.model != model:
+        raise ValueError(f"model: got {model or 'none'}, want {recipe.model or 'none'}, which {path} was trained with")
+    network = build_model(recipe)
+    checkpoint.load_into(network, checkpoint.group(tensors, "model"), path)
+    return network.eval(), recipe, config
 
 
 def _means(totals: Sequence[float]) -> dict[str, float]:

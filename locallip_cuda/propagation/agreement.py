@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..norms.linear import Composed, Identity, LinearMap, Rearrangement, Sum
 from .graph import Graph, Joined, Layer, UnsupportedModuleError, View, lowered
 from .recursion import Pass
+from .rules import Lipschitz
 from .trace import Trace, without_autocast
 
 # How many times the rounding, as estimated here, a difference may be.
@@ -128,6 +129,9 @@ class _Rounding(Pass[_Fact]):
         if activation.kind in ("maxmin", "clipped_maxmin"):
             a, b = variance.chunk(2, 1)
             variance = torch.maximum(a, b).repeat(1, 2, *[1] * (out.dim() - 2))
+        elif isinstance(activation, Lipschitz):
+            far = variance.flatten(1).sum(1) * activation.lipschitz**2
+            variance = far.view(-1, *[1] * (out.dim() - 1)).expand_as(out)
         elif out.shape != variance.shape:  # maxima over windows
             variance = activation.function(variance)
         if not activation.exact:

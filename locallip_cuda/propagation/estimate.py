@@ -15,6 +15,7 @@ from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
 from .graph import Joined, Layer, Term, View, closed_radius, joined_radius
 from .recursion import Pass, check_norm, counts
+from .rules import Lipschitz
 from .trace import without_autocast
 from .training_norms import SHARED_ITERATIONS, TrainingNorms
 
@@ -101,7 +102,7 @@ class Estimate(Pass[Fact]):
         assert values is not None
         activation = layer.activation
         squares, radius = self._ball(layer, facts)
-        found = ops.activation_pattern(
+        pattern = ops.activation_pattern(
             planar_values(values),
             None if half_width is None else planar_values(half_width),
             planar_values(squares),
@@ -110,11 +111,13 @@ class Estimate(Pass[Fact]):
             None if activation.first is None else planar_values(activation.first),
             None if activation.second is None else planar_values(activation.second),
         )
-        values, half_width, rows, columns = (t.reshape(len(t), *layer.sizes) for t in found[:4])
-        slack, varying = found[4:]
+        values, half_width, rows, columns = (t.reshape(len(t), *layer.sizes) for t in pattern[:4])
+        slack, varying = pattern[4:]
         if not activation.kind:
             clean, centre = values.chunk(2)
-            lower, upper = activation.interval(low := centre - half_width, high := centre + half_width)
+            low, high = centre - half_width, centre + half_width
+            ends = (clean, clean) if isinstance(activation, Lipschitz) else (low, high)
+            lower, upper = activation.interval(*ends)
             values = torch.cat([activation.function(clean), (lower + upper) / 2])
             half_width = (upper - lower) / 2
             found = activation.rows(low.detach(), high.detach())
@@ -133,6 +136,10 @@ class Estimate(Pass[Fact]):
             growth.append(norm if whole is None else whole)
         self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack, varying)
         radius = closed_radius(layer, [fact.radius for fact in facts], growth, _unchanged)
+        if isinstance(activation, Lipschitz):
+            clean = values[: len(radius)]
+            half_width = radius.view(-1, *[1] * (clean.dim() - 1)).expand_as(clean)
+            values = torch.cat([clean, clean])
         return Fact(values, half_width, radius, columns, varying[:, 1])
 
     def _ball(self, layer: Layer, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:

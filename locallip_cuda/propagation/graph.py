@@ -7,6 +7,7 @@ joins their lists, and terms on the same fact become one map. An activation clos
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,8 +29,8 @@ from ..norms.linear import (
     folded,
     is_of_even_size,
 )
-from .rules import IDENTITY, RULES, Activation, Affine, Site, rearranged
-from .trace import Node, Trace, UntraceableError, at, with_constants, without_autocast
+from .rules import IDENTITY, RULES, Activation, Affine, Site, module_classes, rearranged
+from .trace import Forward, Node, Trace, UntraceableError, at, with_constants, without_autocast
 
 
 class UnsupportedModuleError(TypeError):
@@ -258,6 +259,9 @@ class _Lowering:
                 raise self._unsupported(node, of) from error
             return self._mapped(value, chosen, node)
         read = node.reads()
+        if isinstance(node.function, Forward):
+            module, _, *more = args
+            return self._by_rule(node, node.function.kind, self.values[id(read[0])], tuple(more), kwargs, module)
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
         if node.function in _JOIN or node.function is torch.stack:
@@ -275,14 +279,20 @@ class _Lowering:
         return self._by_rule(node, node.function, self.values[id(read[0])], args[1:], kwargs)
 
     def _by_rule(
-        self, node: Node, function: Callable[..., Any], value: _Value, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        node: Node,
+        function: Callable[..., Any],
+        value: _Value,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        module: nn.Module | None = None,
     ) -> _Value:
         for constant in node.tensors():
             if constant.device != self.like.device and constant.dim():
                 raise ValueError(f"x: got one on {self.like.device}, want {constant.device} as {at(node.path)}")
         args, kwargs = (with_constants(given, self._constant) for given in (args, kwargs))
         try:
-            found = RULES[function](self._site(value, node), None, *args, **kwargs)
+            found = RULES[function](self._site(value, node), self._constants_of(module), *args, **kwargs)
         except (ValueError, TypeError) as error:
             raise UnsupportedModuleError(f"{at(node.path)}: {_name(function)} has no bound: {error}") from error
         if isinstance(found, Affine):
@@ -294,6 +304,10 @@ class _Lowering:
     def _constant(self, tensor: Tensor) -> Tensor:
         """Of a proof a copy, which stays as it is."""
         return tensor.detach().to(self.like.dtype, copy=True) if self.proof else tensor.to(self.like.dtype)
+
+    def _constants_of(self, module: nn.Module | None) -> nn.Module | None:
+        """The module that a rule reads its weights from: of a proof a copy in its dtype."""
+        return copy.deepcopy(module).to(self.like.dtype) if self.proof and module is not None else module
 
     def _site(self, value: _Value, node: Node) -> Site:
         return Site(value.sizes, list(node.shape[1:]), self.like)
@@ -450,7 +464,7 @@ def traced(model: nn.Module, x: Tensor) -> Trace:
     if torch.compiler.is_compiling():
         return _kept_trace(model, x)
     try:
-        trace = Trace(model, x)
+        trace = Trace(model, x, module_classes())
         _keep(model, x, trace)
         return trace
     except UntraceableError as error:

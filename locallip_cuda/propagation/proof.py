@@ -29,7 +29,7 @@ from ..norms.linear_bound import absolute_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up
 from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, closed_radius, joined_radius
 from .recursion import Pass, counts
-from .rules import Activation
+from .rules import Activation, Lipschitz
 from .trace import Trace, at
 
 # relative and absolute error that is allowed to a smooth activation of torch in float64, in units of UNIT
@@ -49,6 +49,10 @@ def _end_points(centre: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
 def _centred(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     centre = lower / 2 + upper / 2
     return centre, torch.maximum(up(upper - centre), up(centre - lower))
+
+
+def _column(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (like.dim() - 1))
 
 
 def _apply(linear: LinearMap, x: Tensor) -> Tensor:
@@ -174,6 +178,9 @@ class Rounded:
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """At most the least value between ``lower`` and ``upper``, and at least the largest."""
         least, most = self.activation.interval(lower, upper)
+        if isinstance(self.activation, Lipschitz):
+            assert self.activation.error is not None
+            return down(least - self.activation.error), up(most + self.activation.error)
         if self.activation.exact:
             return least, most
         low, high = (SMOOTH_ERROR * UNIT * (1 + value.abs()) + TINY for value in (least, most))
@@ -292,10 +299,17 @@ class Proof(Pass[Fact]):
             box = _end_points(*affine(terms, layer, [fact.box() for fact in facts]))
             lower, upper = torch.maximum(lower, box[0]), torch.minimum(upper, box[1])
         rows, columns, slack = rounded.varying(lower, upper)
-        least, most = rounded.interval(*_end_points(values, error))
+        black_box = isinstance(layer.activation, Lipschitz)
+        least, most = rounded.interval(*((values, values) if black_box else _end_points(values, error)))
+        off = error
         values = rounded(values)  # what float64 makes of it: the middle would drift with the error
         error = torch.maximum(up(most - values), up(values - least))
-        centre, half_width = _centred(*rounded.interval(lower, upper))
+        if isinstance(layer.activation, Lipschitz):
+            moved = up(off.flatten(1).square().sum(1) * (1 + gamma(off[0].numel() + 8)) + TINY).sqrt()
+            error = up(error + _column(up(up(moved) * layer.activation.lipschitz), error))
+            centre, half_width = values, error  # and the radius, below
+        else:
+            centre, half_width = _centred(*rounded.interval(lower, upper))
         if not self.local and layer.activation.kind == "clipped_maxmin":
             rows = torch.ones_like(rows)  # the paper removes none
         norms = [self._norm(layer.path, t, rows, fact.columns, fact) for t, fact in zip(terms, facts, strict=True)]
@@ -304,6 +318,8 @@ class Proof(Pass[Fact]):
             growth = [self._whole(layer.path, t, fact) for t, fact in zip(terms, facts, strict=True)]
         radius = closed_radius(layer, [fact.radius for fact in facts], growth, up)
         self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack, counts(rows, columns))
+        if black_box:
+            half_width = up(half_width + _column(radius, half_width))
         return Fact(values, error, centre, half_width, radius, columns)
 
     def _norm(self, path: str, term: Term, rows: Tensor, columns: Tensor | None, fact: Fact) -> Tensor | None:

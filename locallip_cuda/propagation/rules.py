@@ -1,7 +1,15 @@
-"""What each function of torch does to a value: the table, by function, of affine maps and of activations.
+"""What each function does to a value: the table, by function of torch or class of module, of what they are.
 
-A rule gets where it stands and the function's arguments, as :class:`.trace.Node` has them, with the value as the first
-one, and returns what the function is; ValueError says what it would have to be.
+A rule gets a :class:`Site`, which says where it stands, and the function's arguments; in place of the value that the
+function is of, the first one, stands None, and the module in the rule of a class. It returns an :class:`Affine` map, an
+:class:`Activation`, or a function of which no more than its constant is known, :class:`Lipschitz`; ValueError says what
+the arguments would have to be. :func:`rule` registers one::
+
+    @ll.rule(MyScale)
+    def _(at, module):
+        return ll.rules.Affine(ll.rules.Scaling(module.scale, at.input_sizes))
+
+:func:`locallip_cuda.testing.check_rule` tries it. Registered rules come before what a module's ``forward`` calls.
 """
 
 from __future__ import annotations
@@ -14,16 +22,50 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..nn import clipped_maxmin, clipped_relu, maxmin
-from ..norms.linear import Adjoint, Convolution, Dense, Identity, LinearMap, Rearrangement, Reshape, Scaling, composed
+from ..norms.linear import (
+    Adjoint,
+    Convolution,
+    Dense,
+    Identity,
+    LinearMap,
+    Rearrangement,
+    Reshape,
+    Scaling,
+    added,
+    composed,
+)
 from ..shapes import output_size, several
+
+__all__ = [
+    "Activation",
+    "Adjoint",
+    "Affine",
+    "Convolution",
+    "Dense",
+    "Identity",
+    "LinearMap",
+    "Lipschitz",
+    "MaxPool",
+    "Rearrangement",
+    "Reshape",
+    "Scaling",
+    "Site",
+    "added",
+    "composed",
+    "rule",
+]
 
 
 @dataclass
 class Site:
-    """Where a function stands: sizes of one sample of its value and of its result, and a tensor of the dtype, there."""
+    """Where a function stands.
+
+    input_sizes, output_sizes: of one sample of its value, and of its result, without the batch.
+    like: an empty tensor of the dtype, and on the device, that maps are wanted in.
+    """
 
     input_sizes: list[int]
     output_sizes: list[int]
@@ -77,6 +119,21 @@ class Activation:
         return None
 
 
+@dataclass
+class Lipschitz(Activation):
+    """A function of which only its constant in the l2 norm is known, ``lipschitz``: a block of another library, say.
+    Its box is the ball around the clean value.
+
+    error: for proofs, what float64 may put any output off by; without one there is none.
+    """
+
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.error is None:
+            self.unproved = self.unproved or "its rule does not say what rounding does to it"
+
+
 IDENTITY = Activation(lambda x: x, kind="identity", exact=True)
 
 
@@ -85,14 +142,24 @@ AnyRule = TypeVar("AnyRule", bound=Rule)
 RULES: dict[Callable[..., Any], Rule] = {}
 
 
-def rule(*functions: Callable[..., Any]) -> Callable[[AnyRule], AnyRule]:
-    """Register the decorated rule for ``functions``."""
+def rule(*of: Callable[..., Any]) -> Callable[[AnyRule], AnyRule]:
+    """Register the decorated rule for functions, or for classes of modules, of which each is known by its own
+    ``forward``: a subclass that overrides it is what its own ``forward`` calls. TypeError for anything else.
+    """
+    for each in of:
+        if not callable(each):
+            raise TypeError(f"of: got {each!r}, want functions or classes of modules")
 
     def registered(build: AnyRule) -> AnyRule:
-        RULES.update(dict.fromkeys(functions, build))
+        RULES.update(dict.fromkeys(of, build))
         return build
 
     return registered
+
+
+def module_classes() -> list[type[nn.Module]]:
+    """Those that have a rule."""
+    return [key for key in RULES if isinstance(key, type) and issubclass(key, nn.Module)]
 
 
 # At least how many the entries of maps come from that are computed here.

@@ -148,8 +148,10 @@ class Value(Tensor):
 class Trace:
     """The graph of a model: ``output`` and all nodes that it needs, in the order in which they ran."""
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        """UntraceableError: by path, where ``model(x)`` is no graph of functions of its input.
+    def __init__(self, model: nn.Module, x: Tensor, leaves: Iterable[type[nn.Module]] = ()) -> None:
+        """``leaves``: classes whose own ``forward`` is one function of the graph, and is not looked into.
+
+        UntraceableError: by path, where ``model(x)`` is no graph of functions of its input.
 
         Errors of the model itself are its own. In training mode the model's counters move as in any call.
         """
@@ -157,7 +159,7 @@ class Trace:
         self.input, self.device = Node(None, (), {}, "", x.shape), x.device
         self._stride = x.stride()
         meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        with recorder, without_autocast(x.device.type):
+        with recorder, _as_functions(leaves), without_autocast(x.device.type):
             output = model(Value(recorder, self.input, meta))
             if not isinstance(output, Value) or output.recorder is not recorder:
                 raise UntraceableError(
@@ -208,6 +210,51 @@ class Trace:
             found[id(node)] = args[0][args[1]] if node.function is None else node.function(*args, **kwargs)
         result: Tensor = found[id(self.output)]
         return result
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The ``forward`` of a class of modules as a function of the module and its arguments."""
+
+    kind: type[nn.Module]
+    function: Callable[..., Any]
+
+    @property
+    def __name__(self) -> str:
+        return self.kind.__name__
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.function(module, *args, **kwargs)
+
+
+@contextmanager
+def _as_functions(kinds: Iterable[type[nn.Module]]) -> Iterator[None]:
+    """Inside, calls of these classes' ``forward`` with a value are noted as one function."""
+    changed: list[tuple[type[nn.Module], Any]] = []
+    try:
+        for kind in kinds:
+            changed.append((kind, vars(kind).get("forward")))
+            kind.forward = _noting(Forward(kind, kind.forward))
+        yield
+    finally:
+        for kind, own in changed:
+            if own is None:
+                del kind.forward
+            else:
+                kind.forward = own
+
+
+def _noting(forward: Forward) -> Callable[..., Any]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not args or not isinstance(args[0], Value):
+            return forward(self, *args, **kwargs)
+        return args[0].recorder.call_module(forward, self, args, kwargs)
+
+    return call
+
+
+# What a module that is one function returns, by module and by sizes of what it takes.
+_results: weakref.WeakKeyDictionary[nn.Module, dict[Any, Tensor]] = weakref.WeakKeyDictionary()
 
 
 class _Recorder:
@@ -313,6 +360,25 @@ class _Recorder:
                 for i, item in enumerate(result)
             )
         raise self.error(f"{name} returns what is no tensor, want functions that return tensors")
+
+    def call_module(self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        """A module that is one function; what it returns is seen on zeros."""
+        value = args[0]
+        if any(other is not value for other in _values((args, kwargs))):
+            raise self.error(f"{forward.__name__} takes several values, want a module of one, as its rule is of")
+        self.check_not_stale([value], forward.__name__)
+        known = _results.setdefault(module, {})
+        key = value.meta.shape, value.meta.dtype, module.training
+        if key not in known:
+            zeros = torch.zeros(value.meta.shape, dtype=value.meta.dtype, device=self.device)
+            with torch.no_grad():
+                result = forward(module, zeros, *args[1:], **kwargs)
+            if not isinstance(result, Tensor):
+                raise self.error(f"{forward.__name__} returns {type(result).__name__}, want one tensor")
+            known[key] = torch.empty_like(result, device="meta")
+        given = (module, value.node, *args[1:])
+        node = self._note(forward, given, kwargs, self._paths.get(id(module), ""), known[key].shape)
+        return Value(self, node, torch.empty_like(known[key]))
 
     def check_not_stale(self, values: Iterable[Value], name: str) -> None:
         for value in values:
