@@ -119,4 +119,5 @@ STEP = 1e-6
 
 
 def _lengths(t: Tensor) -> Tensor:
-    return t.flatten(1).norm(dim=1).view(-1, *[1] * (t.dim() - 1))
+    lengths: Tensor = t.flatten(1).norm(dim=1)
+    return lengths.view(-1, *[1] * (t.dim() - 1))

@@ -9,11 +9,14 @@ from typing import Any, Literal
 import numpy
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import ACTIVATIONS, DEVICES, ZOO, generator, small_network, zoo_input
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import locallip_cuda as ll
 from locallip_cuda import ops
+from locallip_cuda.experiments import models
 from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
 from locallip_cuda.norms.linear import Dense
 from locallip_cuda.propagation import rules
@@ -507,6 +510,54 @@ def test_compiles(whole: bool) -> None:
         parameters = list(model.parameters())
         results.append((value.detach(), torch.autograd.grad(value, parameters, materialize_grads=True)))
     torch.testing.assert_close(results[0], results[1])
+
+
+def parametrised() -> nn.Module:
+    layers = [nn.Linear(72, 8), nn.ReLU(), parametrizations.orthogonal(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 5)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+COMPILED = {
+    "sequential": lambda: small_network("clipped-relu", dtype=torch.float32),
+    "residual": lambda: models.build("cifar10-liresnet-s", "maxmin"),
+    "computed weights": parametrised,
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_whole_step_compiles(name: str) -> None:
+    """Bounds, loss and backward pass in one graph, for numbers and tensors as eps, with weights that move."""
+    torch.manual_seed(0)
+    model, y = COMPILED[name](), torch.tensor([0, 1, 2])
+    x = torch.rand(3, 3, 32, 32) if name == "residual" else torch.rand(3, 2, 6, 6)
+    weights = list(model.parameters())
+
+    def loss(x: Tensor, eps: float | Tensor) -> Tensor:
+        b = ll.local_bounds(model, x, eps, iterations=40)
+        return ll.losses.robust_cross_entropy(b, y) + b.radius.sum()
+
+    loss(x, 0.01)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for eps in (0.01, 0.02, 0.03, 0.04, torch.tensor(0.01), torch.tensor(0.02)):
+        values = [function(x, eps) for function in (compiled, loss)]
+        ours, plain = (torch.autograd.grad(value, weights, materialize_grads=True) for value in values)
+        torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-5)
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-6)
+        with torch.no_grad():
+            for p, gradient in zip(weights, plain, strict=True):
+                p.sub_(gradient, alpha=1e-4)
+    assert counter.frame_count <= 3 or name == "computed weights", "a number for eps compiles anew"
+
+
+def test_a_model_that_compilation_meets_first_is_an_error() -> None:
+    model, x = small_network("relu", dtype=torch.float32), torch.rand(3, 2, 6, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: ll.local_bounds(model, x, 0.1).radius, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"model: got one that torch.compile meets first|Observed exception"):
+        compiled(x)
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ def _constant(at: Site, other: Any) -> Tensor:
     """A number or a tensor that is the same for every sample, as (1, *) or a tensor that broadcasts to one sample."""
     if not isinstance(other, (int, float, Tensor)) or isinstance(other, bool):
         raise ValueError(f"a constant of type {type(other).__name__}, want a number or a tensor")
-    constant = torch.as_tensor(other).to(at.like)
+    constant = torch.as_tensor(other, dtype=at.like.dtype, device=at.like.device)  # a number in all its digits
     if constant.dim() > len(at.input_sizes) and constant.shape[0] != 1:
         raise ValueError(f"a constant of shape {tuple(constant.shape)}, want one that is the same for every sample")
     return constant

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def at(path: str) -> str:
@@ -59,16 +60,83 @@ class Node:
 
     def tensors(self) -> list[Tensor]:
         """The constants among its arguments."""
-        return [item for item in _leaves((self.args, self.kwargs)) if isinstance(item, Tensor)]
+        items = (item.value if isinstance(item, Computed) else item for item in _leaves((self.args, self.kwargs)))
+        return [item for item in items if isinstance(item, Tensor)]
+
+
+@dataclass(eq=False)
+class Computed:
+    """A constant that the model computed, as by a parametrisation: its value, and of what it is which function.
+
+    function: None for one that cannot be computed again.
+    """
+
+    value: Tensor
+    function: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def now(self) -> Tensor:
+        """The value; inside torch.compile computed again, from the weights as they are then."""
+        if not torch.compiler.is_compiling():
+            return self.value
+        if self.function is None:
+            raise RuntimeError("model: computes a weight by updates in place, want none under torch.compile")
+        result: Tensor = self.function(*_mapped(self.args, _now), **_mapped(self.kwargs, _now))
+        return result
+
+    def is_of_the_same(self, other: Any) -> bool:
+        if not isinstance(other, Computed) or self.function is not other.function or self.function is None:
+            return False
+        mine, theirs = (list(_leaves((each.args, each.kwargs))) for each in (self, other))
+        return len(mine) == len(theirs) and all(_same_constant(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _now(item: Any) -> Any:
+    return item.now() if isinstance(item, Computed) else item
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    if isinstance(a, Computed):
+        return a.is_of_the_same(b)
+    return a is b or (not isinstance(a, Tensor) and type(a) is type(b) and bool(a == b))
 
 
 def with_constants(arguments: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Arguments of a node with all constants of floating point as ``function`` has them."""
 
     def changed(item: Any) -> Any:
+        item = _now(item)
         return function(item) if isinstance(item, Tensor) and item.is_floating_point() else item
 
     return _mapped(arguments, changed)
+
+
+class _Computing(TorchFunctionMode):
+    """Notes which functions made the tensors that are no values of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, Computed] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor) or isinstance(result, Value):
+            return result
+        given = [item for item in _leaves((args, kwargs)) if isinstance(item, Tensor)]
+        if any(item is result for item in given):  # written in place; or returned as it is
+            if getattr(func, "__name__", "").endswith("_"):
+                self.made[id(result)] = Computed(result, None, (), {})
+        elif given:
+            self.made[id(result)] = Computed(result, func, *_mapped((args, kwargs), self.of))
+        return result
+
+    def of(self, item: Any) -> Any:
+        """A tensor as what it was computed as, if it was."""
+        return self.made.get(id(item), item) if isinstance(item, Tensor) else item
 
 
 # Read off a value without computing with it.
@@ -159,7 +227,7 @@ class Trace:
         self.input, self.device = Node(None, (), {}, "", x.shape), x.device
         self._stride = x.stride()
         meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        with recorder, _as_functions(leaves), without_autocast(x.device.type):
+        with recorder, recorder.computing, _as_functions(leaves), without_autocast(x.device.type):
             output = model(Value(recorder, self.input, meta))
             if not isinstance(output, Value) or output.recorder is not recorder:
                 raise UntraceableError(
@@ -187,11 +255,7 @@ class Trace:
             if len(mine_items) != len(their_items) or mine.kwargs.keys() != theirs.kwargs.keys():
                 return False
             for a, b in zip(mine_items, their_items, strict=True):
-                if isinstance(a, Node):
-                    same = alike.get(id(a)) == id(b)
-                else:
-                    same = a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
-                if not same:
+                if not (alike.get(id(a)) == id(b) if isinstance(a, Node) else _same_constant(a, b)):
                     return False
             alike[id(mine)] = id(theirs)
         return alike.get(id(self.output)) == id(other.output)
@@ -203,7 +267,7 @@ class Trace:
         found: dict[int, Any] = {id(self.input): x}
 
         def filled(item: Any) -> Any:
-            return found[id(item)] if isinstance(item, Node) else item
+            return found[id(item)] if isinstance(item, Node) else _now(item)
 
         for node in self.nodes:
             args, kwargs = _mapped(node.args, filled), _mapped(node.kwargs, filled)
@@ -269,6 +333,7 @@ class _Recorder:
         self._grad = torch.is_grad_enabled()
         self._open = True
         self._first_error: UntraceableError | None = None
+        self.computing = _Computing()
         self._constants: list[tuple[Tensor, int, str]] = []
 
     def __enter__(self) -> _Recorder:
@@ -343,7 +408,7 @@ class _Recorder:
             own = ", ".join(f"{tuple(value.shape)} in {value.dtype}" for value in _values((args, kwargs)))
             error.add_note(f"{at(path)}: {name} of {own}")
             raise
-        given = _mapped((args, kwargs), lambda item: item.node if isinstance(item, Value) else item)
+        given = _mapped((args, kwargs), lambda item: item.node if isinstance(item, Value) else self.computing.of(item))
         for item in _leaves((args, kwargs)):
             if isinstance(item, Tensor) and not isinstance(item, Value) and not item.is_inference():
                 self._constants.append((item, item._version, path))
