@@ -88,7 +88,7 @@ class Computed:
     def is_of_the_same(self, other: Any) -> bool:
         if not isinstance(other, Computed) or self.function is not other.function or self.function is None:
             return False
-        mine, theirs = (list(_leaves((each.args, each.kwargs))) for each in (self, other))
+        mine, theirs = (_leaves((each.args, each.kwargs)) for each in (self, other))
         return len(mine) == len(theirs) and all(_same_constant(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
@@ -249,7 +249,7 @@ class Trace:
             return False
         alike = {id(self.input): id(other.input)}
         for mine, theirs in zip(self.nodes, other.nodes, strict=True):
-            mine_items, their_items = (list(_leaves((node.args, node.kwargs))) for node in (mine, theirs))
+            mine_items, their_items = (_leaves((node.args, node.kwargs)) for node in (mine, theirs))
             if mine.function is not theirs.function or mine.shape[1:] != theirs.shape[1:]:
                 return False
             if len(mine_items) != len(their_items) or mine.kwargs.keys() != theirs.kwargs.keys():
@@ -345,7 +345,7 @@ class _Recorder:
         kept = ""
         for module, own, buffers in self._before:
             for now, before in ((module._buffers, buffers), (module.__dict__, own)):
-                if any(isinstance(value, Value) for value in _leaves(list(now.values()))):
+                if any(_holds_a_value(name, value) for name, value in now.items()):
                     kept = kept or f"{at(self._paths[id(module)])}: keeps a value of a call for later calls"
                     now.clear()
                     now.update(before)
@@ -609,6 +609,16 @@ def _key(item: Any) -> Any:
     return type(item), item if item.__hash__ is not None else repr(item)
 
 
+# What torch keeps on every module, where no value is put but by _buffers, which are looked at themselves.
+_OF_TORCH = frozenset(nn.Module().__dict__)
+
+
+def _holds_a_value(name: str, item: Any) -> bool:
+    if isinstance(item, (tuple, list, dict)):
+        return name not in _OF_TORCH and any(isinstance(each, Value) for each in _leaves(item))
+    return isinstance(item, Value)
+
+
 def _mapped(item: Any, function: Callable[[Any], Any]) -> Any:
     """``function`` of everything in nested tuples, lists and dicts."""
     if isinstance(item, (tuple, list)):
@@ -618,14 +628,21 @@ def _mapped(item: Any, function: Callable[[Any], Any]) -> Any:
     return function(item)
 
 
-def _leaves(item: Any) -> Iterator[Any]:
-    if isinstance(item, (tuple, list)):
-        for each in item:
-            yield from _leaves(each)
-    elif isinstance(item, dict):
-        yield from _leaves(list(item.values()))
-    else:
-        yield item
+def _leaves(item: Any) -> list[Any]:
+    """What nested tuples, lists and dicts hold, in their order."""
+    found: list[Any] = []
+    _collect((item,), found)
+    return found
+
+
+def _collect(items: Iterable[Any], found: list[Any]) -> None:
+    for item in items:
+        if isinstance(item, (tuple, list)):
+            _collect(item, found)
+        elif isinstance(item, dict):
+            _collect(item.values(), found)
+        else:
+            found.append(item)
 
 
 def _values(item: Any) -> Iterator[Value]:
