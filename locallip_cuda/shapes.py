@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+
+def flat(t: Tensor) -> Tensor:
+    """(B, numbers of a sample), of values of any shape (B, *), (B,) too."""
+    return t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
+
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """How long a convolution's output is; below 1 where there is none."""

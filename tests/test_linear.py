@@ -117,6 +117,14 @@ def test_rearrangements(name: str) -> None:
         lambda x: -x,
         lambda x: x[:1],
         lambda x: x + x.roll(1, 0),
+        lambda x: x.roll(2, 0),
+        lambda x: x.sort(2)[0],
+        lambda x: x.max(2)[0],
+        lambda x: x.cummax(1)[0],
+        lambda x: x.topk(2)[0],
+        lambda x: x.median(2)[0],
+        lambda x: x.abs(),
+        lambda x: x.amax(),
     ],
 )
 def test_what_is_no_rearrangement(function: Callable[[Tensor], Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.reference import NOISE, pseudo_random
+from ..shapes import flat
 from .linear import Adjoint, Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Scaling, without_ends
 
 
@@ -90,10 +91,10 @@ def _of_diagonal(
     entries = linear(torch.ones(1, *sizes, dtype=like.dtype, device=like.device)).expand(batch, *sizes)
     for mask in (rows, columns):
         entries = entries if mask is None else torch.where(mask, entries, 0)
-    flat = entries.flatten(1)
-    largest = flat.detach().abs().argmax(1, keepdim=True)
-    value = flat.gather(1, largest)
-    right = torch.zeros_like(flat).detach().scatter(1, largest, (value != 0).to(flat.dtype))
+    diagonal = flat(entries)
+    largest = diagonal.detach().abs().argmax(1, keepdim=True)
+    value = diagonal.gather(1, largest)
+    right = torch.zeros_like(diagonal).detach().scatter(1, largest, (value != 0).to(diagonal.dtype))
     left = right * value.detach().sign()
     return value.abs()[:, 0], right.view(batch, *sizes), left.view(batch, *sizes)
 
@@ -107,8 +108,8 @@ def _of_rearrangement(
     kept = kept if rows is None else kept * rows
     counts = linear.adjoint(kept)
     counts = counts if columns is None else counts * columns
-    most, largest = counts.flatten(1).max(1, keepdim=True)
-    right = torch.zeros_like(counts).flatten(1).scatter(1, largest, (most > 0).to(like.dtype))
+    most, largest = flat(counts).max(1, keepdim=True)
+    right = torch.zeros_like(flat(counts)).scatter(1, largest, (most > 0).to(like.dtype))
     right = right.view(batch, *linear.input_sizes)
     left = linear(right) * kept / most.sqrt().clamp_min(1).view(batch, *[1] * len(linear.output_sizes))
     return most[:, 0].sqrt(), right, left
@@ -122,7 +123,7 @@ def _of_any(
     tiny = 16 * torch.finfo(like.dtype).eps
 
     def dot(x: Tensor, y: Tensor) -> Tensor:
-        return (x * y).flatten(1).sum(1).view(-1, *[1] * (x.dim() - 1))
+        return flat(x * y).sum(1).view(-1, *[1] * (x.dim() - 1))
 
     def masked(x: Tensor, mask: Tensor | None) -> Tensor:
         return x if mask is None else torch.where(mask, x, 0)
@@ -146,10 +147,10 @@ def _of_any(
             right.append(unit(x, tiny * length))  # what is no longer is rounding: the space is exhausted
             left.append(masked(linear(right[-1]), rows))
             x = masked(linear.adjoint(left[-1]), columns)
-        image = torch.stack([z.flatten(1) for z in left], 2).double()
+        image = torch.stack([flat(z) for z in left], 2).double()
         top = torch.linalg.eigh(image.mT @ image)[1][:, :, -1]
         best_right = sum(q * top[:, j].to(q).view(-1, *[1] * len(sizes)) for j, q in enumerate(right))
         best_right = unit(best_right)
         best_left = unit(masked(linear(best_right), rows))
-    sigma = (best_left * masked(linear(best_right), rows)).flatten(1).sum(1)
+    sigma = flat(best_left * masked(linear(best_right), rows)).sum(1)
     return sigma, best_right, best_left

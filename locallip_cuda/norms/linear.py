@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rounding import convolution
-from ..shapes import output_size, transposed_size
+from ..shapes import flat, output_size, transposed_size
 from .operator import Geometry, planar
+
+# by which a function is told from a choice of the inputs
+SAMPLES = 3
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -251,23 +254,27 @@ class Rearrangement(LinearMap):
 
     def __init__(self, function: Callable[[Tensor], Tensor], input_sizes: Sequence[int], like: Tensor) -> None:
         units = math.prod(input_sizes)
-        numbers = torch.arange(1, 2 * units + 1, dtype=torch.float64, device=like.device).view(2, *input_sizes)
-        images = function(numbers)
-        if images.shape[0] != 2:
-            raise ValueError(f"function: got a result of shape {tuple(images.shape)} of two samples, want (2, ...)")
-        first, second = images.flatten(1).long()
-        if not torch.equal(images.flatten(1), torch.stack([first, second]).double()) or not torch.equal(
-            second, torch.where(first > 0, first + units, 0)
-        ):
-            raise ValueError("function: got one that is no choice of inputs of each sample, want one")
-        if bool(((first < 0) | (first > units)).any()):
-            raise ValueError("function: got one that mixes samples, or numbers of its own, want a choice of inputs")
-        self._inputs = first - 1  # -1 where an output is 0
-        counts = torch.bincount(first, minlength=units + 1)[1:]
+        # samples whose numbers are all different, in different orders and of both signs: what sorts them shows
+        g = torch.Generator().manual_seed(0)
+        order = torch.stack([torch.randperm(SAMPLES * units, generator=g) for _ in range(2)])
+        numbers = ((order[0] + 1) * (1 - 2 * (order[1] % 2))).double().view(SAMPLES, units)
+        images = function(numbers.view(SAMPLES, *input_sizes).to(like.device)).cpu()
+        if images.dim() == 0 or images.shape[0] != SAMPLES:
+            got = tuple(images.shape)
+            raise ValueError(f"function: got a result of shape {got} of {SAMPLES} samples, want ({SAMPLES}, ...)")
+        found = flat(images)
+        ordered, places = numbers[0].sort()
+        place = torch.searchsorted(ordered, found[0]).clamp_max(max(units - 1, 0))
+        inputs = torch.where(found[0] == 0, -1, places[place] if units else 0)  # -1 where an output is 0
+        chosen = torch.where(inputs < 0, 0, numbers[:, inputs.clamp_min(0)] if units else 0)
+        if not torch.equal(found.double(), chosen):
+            raise ValueError("function: got one that is no choice of the inputs of each sample, want one")
+        self._inputs = inputs.to(like.device)
+        counts = torch.bincount(self._inputs + 1, minlength=units + 1)[1:]
         super().__init__(input_sizes, images.shape[1:], 1, int(counts.max()) if units else 0)
         self.function, self._like = function, like
         self.injective = bool((counts <= 1).all())  # no input is two outputs
-        self.bijective = self.injective and bool((counts == 1).all()) and len(first) == units
+        self.bijective = self.injective and bool((counts == 1).all()) and len(inputs) == units
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -278,8 +285,8 @@ class Rearrangement(LinearMap):
 
     def adjoint(self, y: Tensor) -> Tensor:
         kept = self._inputs >= 0
-        flat = y.new_zeros(len(y), math.prod(self.input_sizes))
-        return flat.index_add(1, self._inputs[kept], y.flatten(1)[:, kept]).view(len(y), *self.input_sizes)
+        zeros = y.new_zeros(len(y), math.prod(self.input_sizes))
+        return zeros.index_add(1, self._inputs[kept], flat(y)[:, kept]).view(len(y), *self.input_sizes)
 
     def absolute(self) -> Rearrangement:
         return self

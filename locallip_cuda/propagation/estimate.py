@@ -13,6 +13,7 @@ from .. import ops
 from ..norms.iteration import iterated_norm
 from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
+from ..shapes import flat
 from .graph import Joined, Layer, Term, View, closed_radius, joined_radius
 from .recursion import Pass, check_norm, counts
 from .rules import Lipschitz
@@ -71,7 +72,7 @@ class Estimate(Pass[Fact]):
             columns = move.of_mask(ones).expand(len(fact.radius), *move.output_sizes)
         left = fact.columns_left
         if not move.bijective:
-            left = None if columns is None else columns.flatten(1).sum(1)
+            left = None if columns is None else flat(columns).sum(1)
         half_width = None if fact.half_width is None else move(fact.half_width)
         return Fact(move(fact.values), half_width, fact.radius, columns, left)
 
@@ -85,7 +86,7 @@ class Estimate(Pass[Fact]):
         if any(fact.columns is not None for fact in facts):
             masks = [_mask(fact.columns, fact.values, len(fact.radius)) for fact in facts]
             columns = torch.cat(masks, step.dim)
-            left = columns.flatten(1).sum(1)
+            left = flat(columns).sum(1)
         return Fact(values, half_width, joined_radius([fact.radius for fact in facts], _unchanged), columns, left)
 
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
@@ -125,7 +126,7 @@ class Estimate(Pass[Fact]):
                 rows = found
             if half_width.shape != columns.shape:
                 columns = torch.ones_like(half_width, dtype=torch.bool)
-            varying = torch.stack([rows.flatten(1).sum(1), columns.flatten(1).sum(1)], 1)
+            varying = counts(rows, columns)
         if not self.local and activation.kind == "clipped_maxmin":
             rows = torch.ones_like(rows)  # the paper removes none
             varying = torch.stack([torch.full_like(varying[:, 0], rows.shape[1:].numel()), varying[:, 1]], 1)
@@ -273,6 +274,8 @@ def _mask(mask: Tensor | None, values: Tensor, batch: int) -> Tensor:
 
 def planar_values(values: Tensor) -> Tensor:
     """Values over one or three dimensions as images, which the op takes."""
+    if values.dim() == 1:
+        return values.unsqueeze(1)
     if values.dim() == 3:
         return values.unsqueeze(2)
     return values.flatten(2, 3) if values.dim() == 5 else values

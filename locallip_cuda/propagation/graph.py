@@ -29,7 +29,7 @@ from ..norms.linear import (
     folded,
     is_of_even_size,
 )
-from .rules import IDENTITY, RULES, Activation, Affine, Site, module_classes, rearranged
+from .rules import IDENTITY, RULES, Activation, Affine, Lipschitz, MaxPool, Site, module_classes, rearranged
 from .trace import Forward, Node, Trace, UntraceableError, at, with_constants, without_autocast
 
 
@@ -167,8 +167,19 @@ class _Value:
 # Added to the sizes of biases, so that what they are off by is above what underflow may do to a sum of products.
 NO_UNDERFLOW = 2.0**-900
 
+# Functions whose results are parts of the value, one behind the other.
+_PARTS = {
+    *(Tensor.split, torch.split, Tensor.chunk, torch.chunk, Tensor.unbind, torch.unbind, torch.functional.split),
+    *(Tensor.tensor_split, torch.tensor_split, Tensor.hsplit, torch.hsplit, Tensor.vsplit, torch.vsplit),
+    *(Tensor.dsplit, torch.dsplit, Tensor.split_with_sizes, torch.split_with_sizes),
+}
+
+# What a rule may raise where the arguments are none that it knows.
+_RULE_ERRORS = (ValueError, TypeError, RuntimeError, IndexError, KeyError)
+
 _JOIN = {torch.cat, torch.concat, torch.concatenate}
 _SUMS = {Tensor.add: 1, torch.add: 1, Tensor.__add__: 1, Tensor.__radd__: 1}
+_COMMUTE = {*_SUMS, Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.multiply, torch.multiply}
 _SUMS |= {Tensor.sub: -1, torch.sub: -1, Tensor.__sub__: -1, Tensor.subtract: -1, torch.subtract: -1}
 
 
@@ -183,7 +194,7 @@ def lowered(trace: Trace, dtype: torch.dtype, *, proof: bool = False) -> Graph:
 
 class _Lowering:
     def __init__(self, trace: Trace, dtype: torch.dtype, proof: bool) -> None:
-        self.proof = proof
+        self.proof, self.dtype, self.batch = proof, trace.input.dtype, trace.input.shape[:1]
         self.like = torch.empty(0, dtype=dtype, device=trace.device)
         self.steps: list[Layer | View | Joined] = []
         self.views: dict[tuple[int, int], int] = {}
@@ -213,6 +224,8 @@ class _Lowering:
         return self._closed(value, IDENTITY, value.path, value.sizes)
 
     def _closed(self, value: _Value, activation: Activation, path: str, output_sizes: list[int]) -> _Value:
+        if not value.sizes and activation is not IDENTITY:
+            raise UnsupportedModuleError(f"{at(path)}: an activation of one number (B,) has no bound, want (B, 1)")
         self.steps.append(self._layer(value, activation, path))
         return self._bare(len(self.steps), output_sizes, path)
 
@@ -245,17 +258,25 @@ class _Lowering:
 
     def _value(self, node: Node) -> _Value:
         args, kwargs = node.args, node.kwargs
+        if node.dtype != self.dtype or node.shape[:1] != self.batch or 0 in node.shape[1:]:
+            name = _name(node.args[0].function if node.function is None else node.function)
+            raise UnsupportedModuleError(
+                f"{at(node.path)}: {name} makes {tuple(node.shape)} in {node.dtype} of a batch of "
+                f"{self.batch[0]} in {self.dtype}, which has no bound; want values of that batch and type"
+            )
         if node.function is None:
             of, i = args
             function, (first, *rest), kwargs = of.function, of.args, of.kwargs
             if not isinstance(first, Node) or of.reads() != [first]:
                 raise self._unsupported(node, of)
             value = self.values[id(first)]
-            if function in RULES:
+            if function in RULES and i == 0:  # of a pool that returns indices too
                 return self._by_rule(node, function, value, tuple(rest), kwargs)
+            if function not in _PARTS:
+                raise self._unsupported(node, of)
             try:
                 chosen = rearranged(self._site(value, node), lambda x: function(x, *rest, **kwargs)[i])
-            except (ValueError, RuntimeError, TypeError) as error:
+            except _RULE_ERRORS as error:
                 raise self._unsupported(node, of) from error
             return self._mapped(value, chosen, node)
         read = node.reads()
@@ -264,15 +285,17 @@ class _Lowering:
             return self._by_rule(node, node.function.kind, self.values[id(read[0])], tuple(more), kwargs, module)
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+        if len(args) == 1 and "other" in kwargs:
+            args, kwargs = (*args, kwargs["other"]), {k: v for k, v in kwargs.items() if k != "other"}
         if node.function in _JOIN or node.function is torch.stack:
             return self._join(node, *args, **kwargs)
         if len(read) == 2 and node.function in _SUMS and isinstance(args[0], Node) and isinstance(args[1], Node):
             return self._sum(node, *args, **kwargs)
         if len(read) == 1 and not isinstance(args[0], Node) and len(args) > 1 and args[1] is read[0]:
-            if node.function in (torch.add, torch.mul):
+            if node.function in _COMMUTE and not kwargs:
                 args = (args[1], args[0])
-            elif node.function is torch.sub:
-                node = Node(torch.rsub, (args[1], args[0]), kwargs, node.path, node.shape)
+            elif _SUMS.get(node.function) == -1 and not kwargs:
+                node = Node(torch.rsub, (args[1], args[0]), kwargs, node.path, node.shape, node.dtype)
                 args = node.args
         if len(read) != 1 or args[0] is not read[0] or node.function not in RULES:
             raise self._unsupported(node, node)
@@ -293,13 +316,21 @@ class _Lowering:
         args, kwargs = (with_constants(given, self._constant) for given in (args, kwargs))
         try:
             found = RULES[function](self._site(value, node), self._constants_of(module), *args, **kwargs)
-        except (ValueError, TypeError) as error:
+        except _RULE_ERRORS as error:
             raise UnsupportedModuleError(f"{at(node.path)}: {_name(function)} has no bound: {error}") from error
+        sizes = list(node.shape[1:])
         if isinstance(found, Affine):
-            if self.proof and not all(_folds_in_range(term.parts, found.linear) for term in value.terms):
-                value = self._closed(value, IDENTITY, value.path, value.sizes)
+            made = found.linear.output_sizes
+        else:
+            made = sizes if isinstance(found, (MaxPool, Lipschitz)) else value.sizes
+        if made != sizes:
+            raise UnsupportedModuleError(
+                f"{at(node.path)}: {_name(function)} has no bound: its rule makes {tuple(made)} of "
+                f"{tuple(value.sizes)}, and it makes {tuple(sizes)}"
+            )
+        if isinstance(found, Affine):
             return self._mapped(value, found, node)
-        return self._closed(value, found, node.path, list(node.shape[1:]))
+        return self._closed(value, found, node.path, sizes)
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """Of a proof a copy, which stays as it is."""
@@ -310,10 +341,12 @@ class _Lowering:
         return copy.deepcopy(module).to(self.like.dtype) if self.proof and module is not None else module
 
     def _site(self, value: _Value, node: Node) -> Site:
-        return Site(value.sizes, list(node.shape[1:]), self.like)
+        return Site(value.sizes, list(node.shape[1:]), self.like, self.proof)
 
     def _mapped(self, value: _Value, affine: Affine, node: Node) -> _Value:
         linear, sizes = affine.linear, affine.linear.output_sizes
+        if self.proof and not self._stays_in_range(value, linear):
+            value = self._closed(value, IDENTITY, value.path, value.sizes)
         moves = isinstance(linear, (Rearrangement, Identity))
         terms = [
             Term(t.source, parts := composed(t.parts, linear), t.path if moves else node.path, parts)
@@ -330,6 +363,15 @@ class _Lowering:
             size = carried if size is None else carried + size
         count = value.bias_terms + linear.terms + linear.roundings + 8
         return _Value(terms, bias, size, count, sizes, value.path if moves else node.path)
+
+    def _stays_in_range(self, value: _Value, linear: LinearMap) -> bool:
+        """Whether nothing overflows or underflows in the one map, and in the bias, that ``linear`` makes of ``value``.
+
+        A single map without a bias in front of it may have weights of any size.
+        """
+        if not linear.weights() or (value.bias is None and not any(term.parts.weights() for term in value.terms)):
+            return True
+        return all(is_of_even_size(composed(term.parts, linear)) for term in value.terms)
 
     def _sum(self, node: Node, first: Node, second: Node, *, alpha: float = 1) -> _Value:
         alpha = alpha * _SUMS[node.function]  # type: ignore[index]
@@ -415,11 +457,6 @@ def _plus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first + second
 
 
-def _folds_in_range(first: LinearMap, second: LinearMap) -> bool:
-    """Whether the parts make one map without overflow or underflow; a single one may have weights of any size."""
-    return not first.weights() or not second.weights() or is_of_even_size(composed(first, second))
-
-
 def _is_cheap(linear: LinearMap) -> bool:
     parts = linear.maps if isinstance(linear, Composed) else [linear]
     return all(isinstance(part, (Identity, Scaling, Rearrangement)) for part in parts)
@@ -470,6 +507,11 @@ def traced(model: nn.Module, x: Tensor) -> Trace:
     except UntraceableError as error:
         raise UnsupportedModuleError(f"{error}; it has no bound") from error
     except (RuntimeError, TypeError, IndexError) as error:
+        for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise UnsupportedModuleError(
+                    f"{at(path)}: TorchScript has no bound, want the module it is of"
+                ) from error
         where = getattr(error, "__notes__", None)
         if where is None:
             raise

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..norms.linear import LinearMap
 from ..norms.masked_norm import values_are_at_hand
+from ..shapes import flat
 from .graph import Graph, Joined, Layer, View
 from .trace import at
 
@@ -108,4 +109,4 @@ def check_norm(path: str, norm: Tensor) -> None:
 
 def counts(row_mask: Tensor, column_mask: Tensor) -> Tensor:
     """(B, 2) int64: how many each leaves."""
-    return torch.stack([row_mask.flatten(1).sum(1), column_mask.flatten(1).sum(1)], 1)
+    return torch.stack([flat(row_mask).sum(1), flat(column_mask).sum(1)], 1)

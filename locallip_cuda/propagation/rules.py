@@ -65,11 +65,13 @@ class Site:
 
     input_sizes, output_sizes: of one sample of its value, and of its result, without the batch.
     like: an empty tensor of the dtype, and on the device, that maps are wanted in.
+    proof: whether computed entries have to be right but for ``ROUNDINGS``, which denormal numbers are not.
     """
 
     input_sizes: list[int]
     output_sizes: list[int]
     like: Tensor
+    proof: bool = False
 
 
 @dataclass
@@ -169,6 +171,17 @@ ROUNDINGS = 8
 # ---- weights ----
 
 
+def _check_computed(at: Site, factor: Tensor, *of: Tensor) -> None:
+    """That a product of ``of``, or a quotient, neither overflowed nor came near a denormal number; of a proof."""
+    if not at.proof:
+        return
+    there = torch.ones_like(factor, dtype=torch.bool)
+    for each in of:
+        there = there & (each != 0)
+    if bool((there & ~((factor.abs() >= 2.0**-960) & (factor.abs() <= 2.0**960))).any()):
+        raise ValueError("a factor outside [2^-960, 2^960], want numbers that are not so far apart")
+
+
 def _check_weight(at: Site, weight: Tensor) -> None:
     if not isinstance(weight, Tensor) or weight.dtype != at.like.dtype:
         raise ValueError(f"a weight in {getattr(weight, 'dtype', type(weight).__name__)}, want {at.like.dtype}")
@@ -177,6 +190,8 @@ def _check_weight(at: Site, weight: Tensor) -> None:
 @rule(F.linear)
 def _linear(at: Site, value: Any, weight: Tensor, bias: Tensor | None = None) -> Affine:
     _check_weight(at, weight)
+    if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
+        raise ValueError("a weight or bias of other dimensions, want (m, n) and (m,)")
     if len(at.input_sizes) == 1:
         return Affine(Dense(weight), bias)
     # along the last dimension of several: a convolution with a kernel of one, over all the others
@@ -250,7 +265,9 @@ def _batch_norm(
     if training or running_mean is None or running_var is None:
         raise ValueError("batch statistics, want eval mode and running ones")
     scale = (running_var + eps).rsqrt()
+    of = [scale] if weight is None else [scale, weight]
     scale = scale if weight is None else scale * weight
+    _check_computed(at, scale, *of)
     shift = -running_mean * scale
     size = shift.abs() if bias is None else shift.abs() + bias.abs()
     shift = shift if bias is None else shift + bias
@@ -299,7 +316,10 @@ def _adaptive_average_pool(at: Site, value: Any, output_size: Any) -> Affine:
 
 
 @rule(Tensor.mean, torch.mean)
-def _mean(at: Site, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Affine:
+def _mean(
+    at: Site, value: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None
+) -> Affine:
+    dim = dim if axis is None else axis
     if dim is None or dtype is not None:
         raise ValueError("a mean over the batch, or in another dtype, want dim=")
     count = len(at.input_sizes)
@@ -325,6 +345,8 @@ def _constant(at: Site, other: Any) -> Tensor:
     """A number or a tensor that is the same for every sample, as (1, *) or a tensor that broadcasts to one sample."""
     if not isinstance(other, (int, float, Tensor)) or isinstance(other, bool):
         raise ValueError(f"a constant of type {type(other).__name__}, want a number or a tensor")
+    if isinstance(other, Tensor) and not other.is_floating_point() and other.is_complex():
+        raise ValueError(f"a constant in {other.dtype}, want real numbers")
     constant = torch.as_tensor(other, dtype=at.like.dtype, device=at.like.device)  # a number in all its digits
     if constant.dim() > len(at.input_sizes) and constant.shape[0] != 1:
         raise ValueError(f"a constant of shape {tuple(constant.shape)}, want one that is the same for every sample")
@@ -337,19 +359,21 @@ def _scaled(at: Site, factor: Tensor, roundings: int = 0) -> LinearMap:
     return Scaling(factor, at.input_sizes, roundings)
 
 
-@rule(Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__)
+@rule(Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.multiply, torch.multiply)
 def _times(at: Site, value: Any, other: Any) -> Affine:
     return Affine(_scaled(at, _constant(at, other)))
 
 
-@rule(Tensor.div, torch.div, Tensor.__truediv__, torch.true_divide)
+@rule(Tensor.div, torch.div, Tensor.__truediv__, torch.true_divide, Tensor.divide, torch.divide)
 def _divided(at: Site, value: Any, other: Any, *, rounding_mode: str | None = None) -> Affine:
     if rounding_mode is not None:
         raise ValueError(f"rounding_mode={rounding_mode!r}, want None")
-    return Affine(_scaled(at, 1 / _constant(at, other), ROUNDINGS))
+    factor = 1 / _constant(at, other)
+    _check_computed(at, factor)
+    return Affine(_scaled(at, factor, ROUNDINGS))
 
 
-@rule(Tensor.neg, torch.neg, Tensor.__neg__)
+@rule(Tensor.neg, torch.neg, Tensor.__neg__, Tensor.negative, torch.negative)
 def _negative(at: Site, value: Any) -> Affine:
     return Affine(_scaled(at, -torch.ones_like(at.like.new_empty(1))))
 
@@ -361,7 +385,7 @@ def _plus(at: Site, value: Any, other: Any, *, alpha: float = 1) -> Affine:
     return Affine(Identity(at.input_sizes, at.like), alpha * _constant(at, other))
 
 
-@rule(Tensor.sub, torch.sub, Tensor.__sub__)
+@rule(Tensor.sub, torch.sub, Tensor.__sub__, Tensor.subtract, torch.subtract)
 def _minus(at: Site, value: Any, other: Any, *, alpha: float = 1) -> Affine:
     return _plus(at, value, other, alpha=-alpha)
 
@@ -412,10 +436,41 @@ def _rearranged(function: Callable[..., Any]) -> None:
 for _function in (
     *(Tensor.permute, torch.permute, Tensor.transpose, torch.transpose, Tensor.movedim, torch.movedim),
     *(Tensor.swapaxes, Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.select, torch.select),
-    *(Tensor.flip, torch.flip, Tensor.roll, torch.roll, torch.pixel_shuffle, torch.pixel_unshuffle),
+    *(Tensor.flip, torch.flip, torch.pixel_shuffle, torch.pixel_unshuffle),
     *(torch.channel_shuffle, Tensor.index_select, torch.index_select, Tensor.repeat_interleave),
+    *(Tensor.mT.__get__, Tensor.repeat, Tensor.tile, torch.tile),
 ):
     _rearranged(_function)
+
+
+@rule(Tensor.roll, torch.roll)
+def _roll(at: Site, value: Any, shifts: Any, dims: Any = None) -> Affine:
+    moved = [dims] if isinstance(dims, int) else list(dims or ())
+    if not moved or any(dim % (len(at.input_sizes) + 1) == 0 for dim in moved):
+        raise ValueError(f"dims={dims}, which hold the batch, want others")
+    return rearranged(at, lambda x: x.roll(shifts, dims))
+
+
+@rule(Tensor.expand, Tensor.expand_as)
+def _expand(at: Site, value: Any, *sizes: Any) -> Affine:
+    if len(at.input_sizes) != len(at.output_sizes):
+        raise ValueError("more dimensions, want as many")
+    return rearranged(at, lambda x: x.expand(len(x), *at.output_sizes))
+
+
+@rule(Tensor.to, Tensor.cpu, Tensor.double, Tensor.float, Tensor.type_as)
+def _same_type(at: Site, value: Any, *args: Any, **kwargs: Any) -> Affine:
+    return Affine(Identity(at.input_sizes, at.like))
+
+
+@rule(Tensor.sum, torch.sum)
+def _sum(
+    at: Site, value: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None
+) -> Affine:
+    mean = _mean(at, value, dim, keepdim, axis=axis, dtype=dtype).linear
+    count = torch.full((1,), 1.0, dtype=at.like.dtype, device=at.like.device)
+    count = count * (math.prod(at.input_sizes) // max(math.prod(at.output_sizes), 1))
+    return Affine(composed(mean, Scaling(count, mean.output_sizes)))
 
 
 @rule(F.pad)
@@ -521,8 +576,16 @@ def _prelu(at: Site, value: Any, weight: Tensor) -> Activation:
     return Activation(lambda x: F.prelu(x, weight.to(x)))
 
 
+def _threshold(threshold: Tensor, sizes: list[int]) -> Tensor:
+    """(1, *sizes)."""
+    if threshold.dim() > len(sizes) and threshold.shape[0] != 1:
+        raise ValueError(f"a threshold of shape {tuple(threshold.shape)}, want one that is the same for every sample")
+    return threshold.expand(1, *sizes)
+
+
 @rule(clipped_relu)
 def _clipped_relu(at: Site, value: Any, threshold: Tensor) -> Activation:
+    threshold = _threshold(threshold, at.input_sizes)
     return Activation(lambda z: clipped_relu(z, threshold), kind="clipped_relu", first=threshold, exact=True)
 
 
@@ -533,6 +596,8 @@ def _maxmin(at: Site, value: Any) -> Activation:
 
 @rule(clipped_maxmin)
 def _clipped_maxmin(at: Site, value: Any, upper: Tensor, lower: Tensor) -> Activation:
+    half = [at.input_sizes[0] // 2, *at.input_sizes[1:]]
+    upper, lower = _threshold(upper, half), _threshold(lower, half)
     function = partial(clipped_maxmin, upper=upper, lower=lower)
     return Activation(function, kind="clipped_maxmin", first=upper, second=lower, exact=True)
 
@@ -560,6 +625,8 @@ class MaxPool(Activation):
 
 def _max_pool(at: Site, function: Callable[[Tensor], Tensor], conv: Sequence[Sequence[int]]) -> MaxPool:
     """conv: kernel, stride, padding and dilation over the last dimensions."""
+    if len(at.input_sizes) < 2 or len(at.output_sizes) != len(at.input_sizes):
+        raise ValueError(f"values of {tuple(at.input_sizes)}, want channels and places")
     kernel, stride, padding, dilation = conv
     channels, spatial = at.input_sizes[0], at.input_sizes[1:]
     if [output_size(*n) for n in zip(spatial, kernel, stride, padding, dilation, strict=True)] != at.output_sizes[1:]:
@@ -569,6 +636,8 @@ def _max_pool(at: Site, function: Callable[[Tensor], Tensor], conv: Sequence[Seq
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 1):
         numbers = numbers.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
     inputs = numbers.reshape(math.prod(at.output_sizes), -1)
+    if bool((inputs < 0).all(1).any()):
+        raise ValueError("windows that lie in the padding, want some input in each")
     windows = torch.bincount(inputs.flatten()[inputs.flatten() >= 0], minlength=1)
     return MaxPool(function, up_to(math.sqrt(int(windows.max()))), exact=True, inputs=inputs)
 

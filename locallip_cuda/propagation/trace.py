@@ -45,7 +45,8 @@ class Node:
     """One function of the graph: its arguments, in which the values that it takes stand as nodes.
 
     function: as torch dispatches it; None for the model's input, and for ``args[1]``, an index, of what ``args[0]``
-    returns. path: of the module in whose ``forward`` it was called. shape: of its result, the batch first.
+    returns. path: of the module in whose ``forward`` it was called. shape, dtype: of its result, the batch first; of
+    several results none.
     """
 
     function: Callable[..., Any] | None
@@ -53,6 +54,7 @@ class Node:
     kwargs: dict[str, Any]
     path: str
     shape: torch.Size
+    dtype: torch.dtype | None
 
     def reads(self) -> list[Node]:
         """The nodes among its arguments."""
@@ -224,7 +226,7 @@ class Trace:
         Errors of the model itself are its own. In training mode the model's counters move as in any call.
         """
         recorder = _Recorder(model, x.device)
-        self.input, self.device = Node(None, (), {}, "", x.shape), x.device
+        self.input, self.device = Node(None, (), {}, "", x.shape, x.dtype), x.device
         self._stride = x.stride()
         meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         with recorder, recorder.computing, _as_functions(leaves), without_autocast(x.device.type):
@@ -413,17 +415,18 @@ class _Recorder:
             if isinstance(item, Tensor) and not isinstance(item, Value) and not item.is_inference():
                 self._constants.append((item, item._version, path))
         if isinstance(result, _Shown):
-            node = self._note(func, *given, path, result.meta.shape)
+            node = self._note(func, *given, path, result.meta.shape, result.meta.dtype)
             if written is None:
                 return Value(self, node, result.meta, result.constant)
             self._write(written, node, result.meta, name)
             return written
-        if isinstance(result, tuple):
-            several = self._note(func, *given, path, torch.Size())
-            return tuple(
-                Value(self, self._note(None, (several, i), {}, path, item.meta.shape), item.meta, item.constant)
-                for i, item in enumerate(result)
-            )
+        if isinstance(result, _Several):
+            several = self._note(func, *given, path, torch.Size(), None)
+            values = []
+            for i, item in enumerate(result.items):
+                node = self._note(None, (several, i), {}, path, item.meta.shape, item.meta.dtype)
+                values.append(Value(self, node, item.meta, item.constant))
+            return result.kind(values)
         raise self.error(f"{name} returns what is no tensor, want functions that return tensors")
 
     def call_module(self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
@@ -442,7 +445,8 @@ class _Recorder:
                 raise self.error(f"{forward.__name__} returns {type(result).__name__}, want one tensor")
             known[key] = torch.empty_like(result, device="meta")
         given = (module, value.node, *args[1:])
-        node = self._note(forward, given, kwargs, self._paths.get(id(module), ""), known[key].shape)
+        path = self._paths.get(id(module), "")
+        node = self._note(forward, given, kwargs, path, known[key].shape, known[key].dtype)
         return Value(self, node, torch.empty_like(known[key]))
 
     def check_not_stale(self, values: Iterable[Value], name: str) -> None:
@@ -527,16 +531,24 @@ class _Shown:
     constant: bool
 
 
+@dataclass
+class _Several:
+    """Several results, of which the function makes a tuple, a list, or one with names."""
+
+    items: list[_Shown]
+    kind: Callable[[list[Any]], Any]
+
+
 # Shape, strides, dtype, offset, and which of the tensors that the function takes it shares memory with, or none.
 _Facts = tuple[torch.Size, tuple[int, ...], torch.dtype, int, int | None]
 
 # The results of functions, without numbers, by the shapes of what they take: torch's own answer takes its time.
-_known: dict[Any, tuple[bool, list[_Facts]]] = {}
+_known: dict[Any, tuple[Any, list[_Facts]]] = {}
 _KNOWN_AT_MOST = 4096
 
 
 def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Any:
-    """What ``func`` returns, without numbers, as one or a tuple of :class:`_Shown`; None where that is no tensor."""
+    """What ``func`` returns, without numbers, :class:`_Shown` or :class:`_Several`; None where that is no tensor."""
     given = [item for item in _leaves((args, kwargs)) if isinstance(item, Tensor)]
     storages = [item.meta.untyped_storage()._cdata if isinstance(item, Value) else None for item in given]
     shares = tuple(storages.index(storage) for storage in storages)
@@ -555,7 +567,7 @@ def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         own_args, own_kwargs = _mapped((args, kwargs), on_meta)
         stays = func in (Tensor.cpu, Tensor.cuda) and func.__name__ == device.type
         result = own_args[0] if stays else func(*own_args, **own_kwargs)
-        several = isinstance(result, (tuple, list))
+        several = type(result) if isinstance(result, (tuple, list)) else None
         results = list(result) if several else [result]
         if not all(isinstance(each, Tensor) for each in results):
             return None
@@ -573,7 +585,7 @@ def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
                 _Shown(each, fact[4] is not None and _is_constant(given[fact[4]]))
                 for each, fact in zip(results, facts, strict=True)
             ]
-            return tuple(shown) if several else shown[0]
+            return _Several(shown, several) if several else shown[0]
         if len(_known) >= _KNOWN_AT_MOST:
             _known.clear()
         known = _known[key] = several, facts
@@ -586,7 +598,7 @@ def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         else:
             meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             found.append(_Shown(meta, source is not None))
-    return tuple(found) if several else found[0]
+    return _Several(found, several) if several else found[0]
 
 
 def _is_constant(tensor: Tensor) -> bool:
