@@ -438,7 +438,7 @@ for _function in (
     *(Tensor.swapaxes, Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.select, torch.select),
     *(Tensor.flip, torch.flip, torch.pixel_shuffle, torch.pixel_unshuffle),
     *(torch.channel_shuffle, Tensor.index_select, torch.index_select, Tensor.repeat_interleave),
-    *(Tensor.mT.__get__, Tensor.repeat, Tensor.tile, torch.tile),
+    *(vars(torch._C.TensorBase)["mT"].__get__, Tensor.repeat, Tensor.tile, torch.tile),
 ):
     _rearranged(_function)
 
