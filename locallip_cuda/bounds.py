@@ -65,7 +65,7 @@ class LocalBounds:
         eps: (B,) radius of the ball at the input.
         guarantee: what the bounds are worth; "estimate" proves nothing.
         layers: one record a masked norm, in the order in which the network runs: ``path``, ``norm`` (B,),
-            ``row_mask``, ``input_mask``, ``column_mask``, ``varying``; a layer that adds maps of several values has
+            ``row_mask``, ``input_mask``, ``column_mask``; a layer that adds maps of several values has
             one for each. A norm of an estimate is a Ritz value, below the true norm but for rounding; one that all
             samples share is the global norm's.
         last: one a value that the logits are affine in: features, box, radius, rows of the last layer.
@@ -96,13 +96,6 @@ class LocalBounds:
     def column_masks(self) -> list[Tensor]:
         """One bool tensor (B, *) a norm: outputs of its layer that can vary inside the ball."""
         return [layer.column_mask for layer in self.layers]
-
-    @property
-    def varying(self) -> Tensor:
-        """(B, L-1, 2), int64, how many each of the two leaves."""
-        if not self.layers:
-            return self.logits.new_zeros(len(self.logits), 0, 2, dtype=torch.int64)
-        return torch.stack([layer.varying for layer in self.layers], 1)
 
     @property
     def radius(self) -> Tensor:

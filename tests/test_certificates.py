@@ -33,10 +33,7 @@ from exact import (
 from flint import arb
 from helpers import DEVICES, ZOO, generator, zoo_input
 from torch import Tensor, nn
-
-import locallip_cuda as ll
-from bench.paper_method import PowerState, paper_bounds
-from bench.verify_norms import (
+from verify_norms import (
     DENSE,
     HIDDEN,
     LIMITS,
@@ -48,6 +45,9 @@ from bench.verify_norms import (
     verify,
     with_values,
 )
+
+import locallip_cuda as ll
+from bench.paper_method import PowerState, paper_bounds
 from locallip_cuda import attack
 from locallip_cuda.nn import Normalize
 from locallip_cuda.norms import masked_norm as norms
@@ -105,7 +105,7 @@ def test_bounds_of_every_kind_of_matrix(kind: str, guarantee: str, device: str) 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bounds_of_random_operators(device: str) -> None:
-    """A small run of `python -m bench.verify_norms`; the estimate is below the norm, if by its rounding only."""
+    """A small run of `python -m tests.verify_norms`; the estimate is below the norm, if by its rounding only."""
     problems = [dense_operators(generator(k), largest=96) for k in range(70)]
     problems += [convolution_operators(generator(k), channels=6, pixels=7) for k in range(50)]
     tallies, disagreement = verify(enumerate(problems), ["estimate", *PROOFS], device)

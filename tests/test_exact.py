@@ -22,8 +22,7 @@ from exact import (
 )
 from flint import fmpq, fmpq_mat
 from helpers import generator, matrix, true_norms
-
-from bench.verify_norms import convolution_operators, dense_operators
+from verify_norms import convolution_operators, dense_operators
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
 from ..shapes import flat
 from .graph import Joined, Layer, Term, View, closed_radius, joined_radius
-from .recursion import Pass, check_norm, counts
+from .recursion import Pass, check_norm
 from .rules import Lipschitz
 from .trace import without_autocast
 from .training_norms import SHARED_ITERATIONS, TrainingNorms
@@ -126,7 +126,7 @@ class Estimate(Pass[Fact]):
                 rows = found
             if half_width.shape != columns.shape:
                 columns = torch.ones_like(half_width, dtype=torch.bool)
-            varying = counts(rows, columns)
+            varying = torch.stack([flat(rows).sum(1), flat(columns).sum(1)], 1)
         if not self.local and activation.kind == "clipped_maxmin":
             rows = torch.ones_like(rows)  # the paper removes none
             varying = torch.stack([torch.full_like(varying[:, 0], rows.shape[1:].numel()), varying[:, 1]], 1)
@@ -135,7 +135,7 @@ class Estimate(Pass[Fact]):
             norm, whole = self._norm(layer.path, term, fact, rows, varying[:, 0])
             norms.append(norm)
             growth.append(norm if whole is None else whole)
-        self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack, varying)
+        self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack)
         radius = closed_radius(layer, [fact.radius for fact in facts], growth, _unchanged)
         if isinstance(activation, Lipschitz):
             clean = values[: len(radius)]
@@ -237,7 +237,7 @@ class Global(Estimate):
         assert value is not None
         out = layer.activation.function(value)
         rows, columns = (torch.ones_like(t, dtype=torch.bool) for t in (value, out))
-        self.record(layer, [None] * len(facts), norms, rows, columns, None, counts(rows, columns))
+        self.record(layer, [None] * len(facts), norms, rows, columns, None)
         radius = closed_radius(layer, [fact.radius for fact in facts], norms, _unchanged)
         return Fact(out, None, radius, None, None)
 

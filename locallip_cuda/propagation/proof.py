@@ -28,7 +28,7 @@ from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap, Re
 from ..norms.linear_bound import absolute_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up
 from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, closed_radius, joined_radius
-from .recursion import Pass, counts
+from .recursion import Pass
 from .rules import Activation, Lipschitz
 from .trace import Trace, at
 
@@ -317,7 +317,7 @@ class Proof(Pass[Fact]):
         if not self.local:
             growth = [self._whole(layer.path, t, fact) for t, fact in zip(terms, facts, strict=True)]
         radius = closed_radius(layer, [fact.radius for fact in facts], growth, up)
-        self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack, counts(rows, columns))
+        self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack)
         if black_box:
             half_width = up(half_width + _column(radius, half_width))
         return Fact(values, error, centre, half_width, radius, columns)

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from ..norms.linear import LinearMap
 from ..norms.masked_norm import values_are_at_hand
-from ..shapes import flat
 from .graph import Graph, Joined, Layer, View
 from .trace import at
 
@@ -29,7 +27,6 @@ class LayerBound:
         row_mask: bool (B, *output), pre-activations that can still change the layer's output.
         input_mask: bool (B, *input), inputs of the map that can vary; None for all.
         column_mask: bool (B, *), outputs of the layer that can vary inside the ball.
-        varying: (B, 2), int64, how many row_mask and column_mask leave.
     """
 
     path: str
@@ -38,7 +35,6 @@ class LayerBound:
     row_mask: Tensor
     input_mask: Tensor | None
     column_mask: Tensor
-    varying: Tensor
 
 
 class Pass(ABC, Generic[Fact]):
@@ -88,7 +84,6 @@ class Pass(ABC, Generic[Fact]):
         rows: Tensor,
         columns: Tensor,
         slack: Tensor | None,
-        varying: Tensor,
     ) -> None:
         """inputs: column masks of the layer's facts; norms: of its terms, None where it is 1 and none is taken."""
         taken = 0
@@ -96,7 +91,7 @@ class Pass(ABC, Generic[Fact]):
             if norm is not None:
                 taken += 1
                 linear = term.linear.snapshot()
-                self.layers.append(LayerBound(term.path, linear, norm, rows, mask, columns, varying))
+                self.layers.append(LayerBound(term.path, linear, norm, rows, mask, columns))
         if taken and slack is not None:
             self.sparsity_terms.append(slack.sum(0) / max(len(rows), 1))
 
@@ -105,8 +100,3 @@ def check_norm(path: str, norm: Tensor) -> None:
     """ValueError by path where NaN or infinite weights made the norm NaN; not on a GPU."""
     if values_are_at_hand(norm) and bool(norm.isnan().any()):
         raise ValueError(f"{at(path)}: got NaN or infinite weights, want finite ones")
-
-
-def counts(row_mask: Tensor, column_mask: Tensor) -> Tensor:
-    """(B, 2) int64: how many each leaves."""
-    return torch.stack([flat(row_mask).sum(1), flat(column_mask).sum(1)], 1)

@@ -1,6 +1,6 @@
 """Upper bounds of masked norms against verified lower bounds, on random and adversarial operators: the check at scale.
 
-    python -m bench.verify_norms --count 10000 --seed 0 --out bench/results/norms.json
+    python -m tests.verify_norms --count 10000 --seed 0 --out bench/results/norms.json
 
 Every masked operator is compared with the norm of its surviving rows and columns: LAPACK's largest singular value
 (above 2^19 entries that of a Lanczos iteration), whose singular vector's quotient ||A x|| / ||x||, in extended
@@ -316,7 +316,7 @@ def verify(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.verify_norms", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.verify_norms", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--count", type=int, default=10_000, help="masked operators (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--convolutions", type=float, default=0.4, metavar="SHARE", help="default: %(default)s")
