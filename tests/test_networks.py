@@ -113,6 +113,20 @@ def test_the_state_of_a_training_fits(name: str) -> None:
     assert again.iterations == norms.iterations
 
 
+@every_network
+def test_no_values_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate and its gradient on the meta device, which has none: on a GPU nothing waits for them."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _=None: False)  # which does not know the device
+    model, x = build(name)
+    model, x = model.to("meta"), x.to("meta")
+    b = ll.local_bounds(model, x, 0.1)
+    loss = b.radius.sum() + b.upper.sum() + b.logits.sum()
+    if b.logits.shape[1] > 1:
+        loss = loss + b.worst_logits(torch.zeros(len(x), dtype=torch.int64, device="meta")).sum()
+    loss.backward()
+    assert b.radius.is_meta and all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
 def test_resnet_18_of_cifar_size() -> None:
     """Its 20 convolutions with their BatchNorms, skips and downsampling, on images of 32 x 32."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ them where there is one: of a convolution behind a scaling, of x + conv(x), of a
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -258,7 +259,7 @@ class Rearrangement(LinearMap):
         g = torch.Generator().manual_seed(0)
         order = torch.stack([torch.randperm(SAMPLES * units, generator=g) for _ in range(2)])
         numbers = ((order[0] + 1) * (1 - 2 * (order[1] % 2))).double().view(SAMPLES, units)
-        images = function(numbers.view(SAMPLES, *input_sizes).to(like.device)).cpu()
+        images = function(numbers.view(SAMPLES, *input_sizes))  # on the host: a look at them waits for no device
         if images.dim() == 0 or images.shape[0] != SAMPLES:
             got = tuple(images.shape)
             raise ValueError(f"function: got a result of shape {got} of {SAMPLES} samples, want ({SAMPLES}, ...)")
@@ -269,8 +270,8 @@ class Rearrangement(LinearMap):
         chosen = torch.where(inputs < 0, 0, numbers[:, inputs.clamp_min(0)] if units else 0)
         if not torch.equal(found.double(), chosen):
             raise ValueError("function: got one that is no choice of the inputs of each sample, want one")
-        self._inputs = inputs.to(like.device)
-        counts = torch.bincount(self._inputs + 1, minlength=units + 1)[1:]
+        self._inputs = inputs
+        counts = torch.bincount(inputs + 1, minlength=units + 1)[1:]
         super().__init__(input_sizes, images.shape[1:], 1, int(counts.max()) if units else 0)
         self.function, self._like = function, like
         self.injective = bool((counts <= 1).all())  # no input is two outputs
@@ -284,9 +285,10 @@ class Rearrangement(LinearMap):
         return self(mask.to(self.like.dtype)) > 0
 
     def adjoint(self, y: Tensor) -> Tensor:
-        kept = self._inputs >= 0
-        zeros = y.new_zeros(len(y), math.prod(self.input_sizes))
-        return zeros.index_add(1, self._inputs[kept], flat(y)[:, kept]).view(len(y), *self.input_sizes)
+        inputs = on_device(self._inputs, y.device)
+        # one place more, for the outputs that are 0
+        sums = y.new_zeros(len(y), math.prod(self.input_sizes) + 1).index_add(1, inputs + 1, flat(y))
+        return sums[:, 1:].reshape(len(y), *self.input_sizes)
 
     def absolute(self) -> Rearrangement:
         return self
@@ -297,6 +299,22 @@ class Rearrangement(LinearMap):
     @property
     def like(self) -> Tensor:
         return self._like
+
+
+_on_device: dict[tuple[bytes, torch.device], Tensor] = {}
+_ON_DEVICE_AT_MOST = 256
+
+
+def on_device(indices: Tensor, device: torch.device) -> Tensor:
+    """Indices from the host, kept there: a CUDA graph that is captured cannot copy them."""
+    if indices.device == device:
+        return indices
+    key = hashlib.sha256(indices.contiguous().numpy().tobytes()).digest(), device
+    if key not in _on_device:
+        if len(_on_device) >= _ON_DEVICE_AT_MOST:
+            _on_device.clear()
+        _on_device[key] = indices.to(device)
+    return _on_device[key]
 
 
 class Reshape(Rearrangement):

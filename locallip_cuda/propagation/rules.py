@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..nn import clipped_maxmin, clipped_relu, maxmin
 from ..norms.linear import (
@@ -36,6 +37,7 @@ from ..norms.linear import (
     Scaling,
     added,
     composed,
+    on_device,
 )
 from ..shapes import output_size, several
 
@@ -347,7 +349,10 @@ def _constant(at: Site, other: Any) -> Tensor:
         raise ValueError(f"a constant of type {type(other).__name__}, want a number or a tensor")
     if isinstance(other, Tensor) and not other.is_floating_point() and other.is_complex():
         raise ValueError(f"a constant in {other.dtype}, want real numbers")
-    constant = torch.as_tensor(other, dtype=at.like.dtype, device=at.like.device)  # a number in all its digits
+    if isinstance(other, Tensor):
+        constant = other.to(at.like)
+    else:  # filled in on the device, in all its digits
+        constant = torch.full((), other, dtype=at.like.dtype, device=at.like.device)
     if constant.dim() > len(at.input_sizes) and constant.shape[0] != 1:
         raise ValueError(f"a constant of shape {tuple(constant.shape)}, want one that is the same for every sample")
     return constant
@@ -428,7 +433,13 @@ def _rearranged(function: Callable[..., Any]) -> None:
     """A rule for a function whose results choose from the inputs, whatever its other arguments are."""
 
     def build(at: Site, value: Any, *args: Any, **kwargs: Any) -> Affine:
-        return Affine(Rearrangement(lambda x: function(x, *args, **kwargs), at.input_sizes, at.like))
+        def moved(x: Tensor) -> Tensor:
+            own = tree_map(lambda each: each.to(x.device) if isinstance(each, Tensor) else each, (args, kwargs))
+            result: Tensor = function(x, *own[0], **own[1])
+            return result
+
+        indices = any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs)))
+        return rearranged(at, moved if indices else lambda x: function(x, *args, **kwargs))
 
     rule(function)(build)
 
@@ -571,7 +582,9 @@ def _softplus(at: Site, value: Any, beta: float = 1.0, threshold: float = 20.0) 
 @rule(torch.prelu)
 def _prelu(at: Site, value: Any, weight: Tensor) -> Activation:
     slopes = weight.detach()
-    if not bool(((slopes >= 0) & (slopes <= 1)).all()):
+    # a step that is being captured was looked at in the calls before
+    seen = slopes.is_meta or (slopes.is_cuda and torch.cuda.is_current_stream_capturing())
+    if not seen and not bool(((slopes >= 0) & (slopes <= 1)).all()):
         raise ValueError(f"slopes in [{float(slopes.min()):.3g}, {float(slopes.max()):.3g}], want them in [0, 1]")
     return Activation(lambda x: F.prelu(x, weight.to(x)))
 
@@ -615,9 +628,10 @@ class MaxPool(Activation):
         """Those that are the maximum of a window that holds them, for some values: not below the lower bound of
         another of its units."""
         most = self.function(lower).flatten(1).unsqueeze(2).expand(-1, *self.inputs.shape)
-        flat, there = lower.flatten(1), self.inputs >= 0
+        inputs = on_device(self.inputs, lower.device)
+        flat, there = lower.flatten(1), inputs >= 0
         least = torch.full_like(flat, math.inf)
-        index = self.inputs.clamp_min(0).flatten().expand(len(flat), -1)
+        index = inputs.clamp_min(0).flatten().expand(len(flat), -1)
         most = torch.where(there, most, math.inf).flatten(1)
         least = least.scatter_reduce(1, index, most, "amin")
         return ~(upper < least.view_as(upper))
@@ -628,18 +642,25 @@ def _max_pool(at: Site, function: Callable[[Tensor], Tensor], conv: Sequence[Seq
     if len(at.input_sizes) < 2 or len(at.output_sizes) != len(at.input_sizes):
         raise ValueError(f"values of {tuple(at.input_sizes)}, want channels and places")
     kernel, stride, padding, dilation = conv
-    channels, spatial = at.input_sizes[0], at.input_sizes[1:]
+    spatial = at.input_sizes[1:]
     if [output_size(*n) for n in zip(spatial, kernel, stride, padding, dilation, strict=True)] != at.output_sizes[1:]:
         raise ValueError("ceil_mode=True, with windows beyond the border, want ceil_mode=False")
-    numbers = torch.arange(channels * math.prod(spatial), device=at.like.device).view(channels, *spatial)
+    inputs, most = _windows(tuple(at.input_sizes), *(tuple(numbers) for numbers in conv))
+    return MaxPool(function, up_to(math.sqrt(most)), exact=True, inputs=inputs)
+
+
+@lru_cache(maxsize=256)
+def _windows(sizes: tuple[int, ...], *conv: tuple[int, ...]) -> tuple[Tensor, int]:
+    """(outputs, taps) which input each tap of a window is, -1 for none; and the most windows that one input is in."""
+    kernel, stride, padding, dilation = conv
+    numbers = torch.arange(math.prod(sizes)).view(sizes)
     numbers = F.pad(numbers, [n for p in reversed(padding) for n in (p, p)], value=-1)
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 1):
         numbers = numbers.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
-    inputs = numbers.reshape(math.prod(at.output_sizes), -1)
+    inputs = numbers.reshape(-1, math.prod(kernel))
     if bool((inputs < 0).all(1).any()):
         raise ValueError("windows that lie in the padding, want some input in each")
-    windows = torch.bincount(inputs.flatten()[inputs.flatten() >= 0], minlength=1)
-    return MaxPool(function, up_to(math.sqrt(int(windows.max()))), exact=True, inputs=inputs)
+    return inputs, int(torch.bincount(inputs[inputs >= 0], minlength=1).max())
 
 
 def up_to(number: float) -> float:
