@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -87,6 +88,28 @@ def test_rules_follow_what_runs() -> None:
         b = ll.local_bounds(model, x, 0.1, guarantee="deterministic")
         torch.testing.assert_close(b.logits, model(x).detach())
     assert torch.equal(Gain()(torch.ones(1, 3)), Gain().gain.detach()), "the class is as it was"
+
+
+def test_classes_are_as_they_were_after_threads_and_errors() -> None:
+    ll.rule(Gain)(of_gain)
+
+    class Inherits(Gain):
+        """Without a forward of its own."""
+
+    ll.rule(Inherits)(of_gain)
+    forward = Gain.forward
+    models = [model_with(module) for module in (Gain(), Inherits())]
+
+    def bound(i: int) -> Tensor:
+        if i % 5 == 4:
+            with pytest.raises(ValueError):
+                ll.local_bounds(models[i % 2], normal(1, 5, 3), 0.1)
+        return ll.local_bounds(models[i % 2], normal(1, 5, 4), 0.1).logits.detach()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(bound, range(20)))
+    assert all(torch.equal(logits, found[i % 2]) for i, logits in enumerate(found))
+    assert Gain.forward is forward and "forward" not in vars(Inherits)
 
 
 def own_function(x: Tensor) -> Tensor:

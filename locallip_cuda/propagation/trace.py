@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -295,19 +296,30 @@ class Forward:
 
 @contextmanager
 def _as_functions(kinds: Iterable[type[nn.Module]]) -> Iterator[None]:
-    """Inside, calls of these classes' ``forward`` with a value are noted as one function."""
-    changed: list[tuple[type[nn.Module], Any]] = []
-    try:
-        for kind in kinds:
-            changed.append((kind, vars(kind).get("forward")))
-            kind.forward = _noting(Forward(kind, kind.forward))
+    """Inside, calls of these classes' ``forward`` with a value are noted as one function; others are what they are.
+
+    One thread at a time, so that each puts back what it found.
+    """
+    kinds = list(kinds)
+    if not kinds:
         yield
-    finally:
-        for kind, own in changed:
-            if own is None:
-                del kind.forward
-            else:
-                kind.forward = own
+        return
+    with _changing_classes:
+        changed: list[tuple[type[nn.Module], Any]] = []
+        try:
+            for kind in kinds:
+                changed.append((kind, vars(kind).get("forward")))
+                kind.forward = _noting(Forward(kind, kind.forward))
+            yield
+        finally:
+            for kind, own in changed:
+                if own is None:
+                    del kind.forward
+                else:
+                    kind.forward = own
+
+
+_changing_classes = threading.RLock()
 
 
 def _noting(forward: Forward) -> Callable[..., Any]:
