@@ -15,7 +15,7 @@ from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
 from ..shapes import flat
 from .graph import Joined, Layer, Term, View, closed_radius, joined_radius
-from .recursion import Pass, check_norm
+from .recursion import Pass, check_norm, joined_mask, viewed_mask
 from .rules import Lipschitz
 from .trace import without_autocast
 from .training_norms import SHARED_ITERATIONS, TrainingNorms
@@ -64,12 +64,7 @@ class Estimate(Pass[Fact]):
 
     def viewed(self, step: View, fact: Fact) -> Fact:
         move = step.rearrangement
-        columns = fact.columns
-        if columns is not None:
-            columns = move.of_mask(columns)
-        elif not move.bijective:
-            ones = torch.ones(1, *move.input_sizes, dtype=torch.bool, device=fact.values.device)
-            columns = move.of_mask(ones).expand(len(fact.radius), *move.output_sizes)
+        columns = viewed_mask(step, fact.columns, len(fact.radius))
         left = fact.columns_left
         if not move.bijective:
             left = None if columns is None else flat(columns).sum(1)
@@ -78,15 +73,13 @@ class Estimate(Pass[Fact]):
 
     def joined(self, step: Joined, facts: Sequence[Fact]) -> Fact:
         boxes = any(fact.half_width is not None for fact in facts)
-        half_width, columns, left = None, None, None
+        half_width = None
         if boxes:
             facts = [_with_box(fact) for fact in facts]
             half_width = torch.cat([fact.half_width for fact in facts if fact.half_width is not None], step.dim)
         values = torch.cat([fact.values for fact in facts], step.dim)
-        if any(fact.columns is not None for fact in facts):
-            masks = [_mask(fact.columns, fact.values, len(fact.radius)) for fact in facts]
-            columns = torch.cat(masks, step.dim)
-            left = flat(columns).sum(1)
+        columns = joined_mask(step, [fact.columns for fact in facts], [f.values[: len(f.radius)] for f in facts])
+        left = None if columns is None else flat(columns).sum(1)
         return Fact(values, half_width, joined_radius([fact.radius for fact in facts], _unchanged), columns, left)
 
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
@@ -266,10 +259,6 @@ def _with_box(fact: Fact) -> Fact:
         return fact
     wide = fact.radius.view(-1, *[1] * (fact.values.dim() - 1)).expand_as(fact.values)
     return Fact(torch.cat([fact.values, fact.values]), wide, fact.radius, fact.columns, fact.columns_left)
-
-
-def _mask(mask: Tensor | None, values: Tensor, batch: int) -> Tensor:
-    return torch.ones_like(values[:batch], dtype=torch.bool) if mask is None else mask
 
 
 def planar_values(values: Tensor) -> Tensor:

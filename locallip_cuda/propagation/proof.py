@@ -28,7 +28,7 @@ from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap, Re
 from ..norms.linear_bound import absolute_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up
 from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, closed_radius, joined_radius
-from .recursion import Pass
+from .recursion import Pass, joined_mask, viewed_mask
 from .rules import Activation, Lipschitz
 from .trace import Trace, at
 
@@ -261,12 +261,7 @@ class Proof(Pass[Fact]):
 
     def viewed(self, step: View, fact: Fact) -> Fact:
         move = step.rearrangement
-        columns = fact.columns
-        if columns is not None:
-            columns = move.of_mask(columns)
-        elif not move.bijective:
-            ones = torch.ones(1, *move.input_sizes, dtype=torch.bool, device=fact.values.device)
-            columns = move.of_mask(ones).expand(len(fact.radius), *move.output_sizes)
+        columns = viewed_mask(step, fact.columns, len(fact.radius))
         box = [None if t is None else move(t) for t in (fact.centre, fact.half_width)]
         return Fact(move(fact.values), move(fact.error), box[0], box[1], fact.radius, columns)
 
@@ -275,12 +270,7 @@ class Proof(Pass[Fact]):
         boxes: list[Tensor | None] = [None, None]
         if any(fact.centre is not None for fact in facts):
             boxes = [torch.cat(list(t), step.dim) for t in zip(*(fact.box() for fact in facts), strict=True)]
-        columns = None
-        if any(fact.columns is not None for fact in facts):
-            columns = torch.cat(
-                [torch.ones_like(f.values, dtype=torch.bool) if f.columns is None else f.columns for f in facts],
-                step.dim,
-            )
+        columns = joined_mask(step, [fact.columns for fact in facts], [fact.values for fact in facts])
         return Fact(values, error, boxes[0], boxes[1], joined_radius([f.radius for f in facts], up), columns)
 
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..norms.linear import LinearMap
@@ -94,6 +95,25 @@ class Pass(ABC, Generic[Fact]):
                 self.layers.append(LayerBound(term.path, linear, norm, rows, mask, columns))
         if taken and slack is not None:
             self.sparsity_terms.append(slack.sum(0) / max(len(rows), 1))
+
+
+def viewed_mask(step: View, mask: Tensor | None, batch: int) -> Tensor | None:
+    """A column mask behind a view, in which the zeros between its numbers do not vary; None for all."""
+    move = step.rearrangement
+    if mask is not None:
+        return move.of_mask(mask)
+    if move.bijective:
+        return None
+    ones = torch.ones(1, *move.input_sizes, dtype=torch.bool, device=move.like.device)
+    return move.of_mask(ones).expand(batch, *move.output_sizes)
+
+
+def joined_mask(step: Joined, masks: Sequence[Tensor | None], values: Sequence[Tensor]) -> Tensor | None:
+    """Column masks side by side, of values (B, *); None for all."""
+    if all(mask is None for mask in masks):
+        return None
+    full = [torch.ones_like(v, dtype=torch.bool) if m is None else m for m, v in zip(masks, values, strict=True)]
+    return torch.cat(full, step.dim)
 
 
 def check_norm(path: str, norm: Tensor) -> None:
