@@ -289,3 +289,19 @@ def _single_adjoint(found: LinearMap, y: Tensor) -> Tensor:
         case Sum():
             return torch.stack([_single_adjoint(each, y) for each in found.maps]).sum(0)
     return found.adjoint(y.float())
+
+
+def test_what_is_known_of_a_function_is_kept_by_its_key() -> None:
+    calls = []
+
+    def flip(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x.flip(1)
+
+    first, again = (Rearrangement(flip, [2, 3], LIKE, ("a flip", 1)) for _ in range(2))
+    assert len(calls) == 1 and again.bijective and again.output_sizes == first.output_sizes
+    other = Rearrangement(lambda x: x[:, :1], [2, 3], LIKE, ("a slice", 1))
+    larger = Rearrangement(flip, [4, 3], LIKE, ("a flip", 1))
+    assert not other.bijective and larger.output_sizes == [4, 3] and len(calls) == 2
+    unkeyed = [Rearrangement(flip, [2, 3], LIKE) for _ in range(2)]
+    assert len(calls) == 4 and all(each.bijective for each in unkeyed)

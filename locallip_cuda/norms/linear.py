@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -247,35 +248,71 @@ class Scaling(LinearMap):
         return self.factor
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """Which input each output is, -1 where it is 0, and how many outputs one input is, at most."""
+
+    inputs: Tensor
+    output_sizes: tuple[int, ...]
+    most: int
+    injective: bool
+    bijective: bool
+
+
+# What is known of functions by their keys and the sizes that they were called on: to find it out takes its time.
+_choices: dict[Hashable, _Choice] = {}
+_CHOICES_AT_MOST = 1024
+
+
+def _choice(function: Callable[[Tensor], Tensor], sizes: Sequence[int], key: Hashable) -> _Choice:
+    known = _choices.get((key, *sizes)) if key is not None else None
+    if known is not None:
+        return known
+    units = math.prod(sizes)
+    # samples whose numbers are all different, in different orders and of both signs: what sorts them shows
+    g = torch.Generator().manual_seed(0)
+    order = torch.randperm(SAMPLES * units, generator=g)
+    numbers = ((order + 1) * (1 - 2 * torch.randint(2, order.shape, generator=g))).double().view(SAMPLES, units)
+    images = function(numbers.view(SAMPLES, *sizes))  # on the host: a look at them waits for no device
+    if images.dim() == 0 or images.shape[0] != SAMPLES:
+        got = tuple(images.shape)
+        raise ValueError(f"function: got a result of shape {got} of {SAMPLES} samples, want ({SAMPLES}, ...)")
+    found = flat(images)
+    place = torch.empty(SAMPLES * units + 1, dtype=torch.int64)
+    place[0], place[order + 1] = -1, torch.arange(SAMPLES * units)
+    inputs = place[found[0].abs().nan_to_num(0).clamp(0, SAMPLES * units).long()]
+    chosen = torch.where(inputs < 0, 0, numbers[:, inputs.clamp(0, max(units - 1, 0))] if units else 0)
+    if not torch.equal(found.double(), chosen):
+        raise ValueError("function: got one that is no choice of the inputs of each sample, want one")
+    counts = torch.bincount(inputs + 1, minlength=units + 1)[1:]
+    injective = bool((counts <= 1).all())  # no input is two outputs
+    bijective = injective and bool((counts == 1).all()) and len(inputs) == units
+    made = _Choice(inputs, tuple(images.shape[1:]), int(counts.max()) if units else 0, injective, bijective)
+    if key is not None:
+        if len(_choices) >= _CHOICES_AT_MOST:
+            _choices.clear()
+        _choices[(key, *sizes)] = made
+    return made
+
+
 class Rearrangement(LinearMap):
     """Every output is one of the inputs, or 0: reshapes, permutations, slices, paddings, nearest resizing.
 
     function: of a batch, sample by sample; ValueError where its outputs are not of that kind.
+    key: equal for functions that are equal; None is equal to nothing.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], input_sizes: Sequence[int], like: Tensor) -> None:
-        units = math.prod(input_sizes)
-        # samples whose numbers are all different, in different orders and of both signs: what sorts them shows
-        g = torch.Generator().manual_seed(0)
-        order = torch.stack([torch.randperm(SAMPLES * units, generator=g) for _ in range(2)])
-        numbers = ((order[0] + 1) * (1 - 2 * (order[1] % 2))).double().view(SAMPLES, units)
-        images = function(numbers.view(SAMPLES, *input_sizes))  # on the host: a look at them waits for no device
-        if images.dim() == 0 or images.shape[0] != SAMPLES:
-            got = tuple(images.shape)
-            raise ValueError(f"function: got a result of shape {got} of {SAMPLES} samples, want ({SAMPLES}, ...)")
-        found = flat(images)
-        ordered, places = numbers[0].sort()
-        place = torch.searchsorted(ordered, found[0]).clamp_max(max(units - 1, 0))
-        inputs = torch.where(found[0] == 0, -1, places[place] if units else 0)  # -1 where an output is 0
-        chosen = torch.where(inputs < 0, 0, numbers[:, inputs.clamp_min(0)] if units else 0)
-        if not torch.equal(found.double(), chosen):
-            raise ValueError("function: got one that is no choice of the inputs of each sample, want one")
-        self._inputs = inputs
-        counts = torch.bincount(inputs + 1, minlength=units + 1)[1:]
-        super().__init__(input_sizes, images.shape[1:], 1, int(counts.max()) if units else 0)
-        self.function, self._like = function, like
-        self.injective = bool((counts <= 1).all())  # no input is two outputs
-        self.bijective = self.injective and bool((counts == 1).all()) and len(inputs) == units
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        input_sizes: Sequence[int],
+        like: Tensor,
+        key: Hashable = None,
+    ) -> None:
+        choice = _choice(function, input_sizes, key)
+        super().__init__(input_sizes, choice.output_sizes, 1, choice.most)
+        self.function, self._like, self._inputs = function, like, choice.inputs
+        self.injective, self.bijective = choice.injective, choice.bijective
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)

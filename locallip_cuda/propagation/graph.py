@@ -12,6 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -275,7 +276,8 @@ class _Lowering:
             if function not in _PARTS:
                 raise self._unsupported(node, of)
             try:
-                chosen = rearranged(self._site(value, node), lambda x: function(x, *rest, **kwargs)[i])
+                key = () if any(isinstance(each, Tensor) for each in rest) else (function, rest, kwargs, i)
+                chosen = rearranged(self._site(value, node), lambda x: function(x, *rest, **kwargs)[i], *key)
             except _RULE_ERRORS as error:
                 raise self._unsupported(node, of) from error
             return self._mapped(value, chosen, node)
@@ -402,7 +404,8 @@ class _Lowering:
                 f"{at(node.path)}: a sum of values of {tuple(value.sizes)} and {tuple(sizes)} has no bound, want as "
                 "many dimensions"
             )
-        return self._mapped(value, rearranged(self._site(value, node), lambda x: x.expand(len(x), *sizes)), node)
+        wide = rearranged(self._site(value, node), lambda x: x.expand(len(x), *sizes), Tensor.expand, sizes)
+        return self._mapped(value, wide, node)
 
     def _join(self, node: Node, tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> _Value:
         dim = (dim if axis is None else axis) % len(node.shape)
@@ -433,7 +436,8 @@ class _Lowering:
         before, total = 0, None
         for value, length in zip(values, lengths, strict=True):
             around = [0] * (2 * (len(value.sizes) - dim)) + [before, sum(lengths) - before - length]
-            wide = rearranged(self._site(value, node), lambda x, around=around: nn.functional.pad(x, around))  # type: ignore[misc]
+            pad = partial(nn.functional.pad, pad=around)
+            wide = rearranged(self._site(value, node), pad, nn.functional.pad, around)
             own, before = self._mapped(value, wide, node), before + length
             if total is None:
                 total = own

@@ -198,9 +198,12 @@ def _linear(at: Site, value: Any, weight: Tensor, bias: Tensor | None = None) ->
         return Affine(Dense(weight), bias)
     # along the last dimension of several: a convolution with a kernel of one, over all the others
     *places, features = at.input_sizes
-    before = Rearrangement(lambda x: x.flatten(1, -2).transpose(1, 2), at.input_sizes, at.like)
+    before = Rearrangement(lambda x: x.flatten(1, -2).transpose(1, 2), at.input_sizes, at.like, "features last")
     conv = Convolution(weight.unsqueeze(2), [features, math.prod(places)], [1], [0], [1], 1)
-    after = Rearrangement(lambda x: x.transpose(1, 2).reshape(len(x), *at.output_sizes), conv.output_sizes, at.like)
+    back = ("features back", *at.output_sizes)
+    after = Rearrangement(
+        lambda x: x.transpose(1, 2).reshape(len(x), *at.output_sizes), conv.output_sizes, at.like, back
+    )
     return Affine(composed(composed(before, conv), after), bias)
 
 
@@ -332,7 +335,10 @@ def _mean(
     kept, averaged = ([at.input_sizes[d - 1] for d in some] for some in (rest, dims))
     order = [0, *rest, *dims]
     before = Rearrangement(
-        lambda x: x.permute(order).reshape(len(x), math.prod(kept), math.prod(averaged)), at.input_sizes, at.like
+        lambda x: x.permute(order).reshape(len(x), math.prod(kept), math.prod(averaged)),
+        at.input_sizes,
+        at.like,
+        ("averaged last", len(rest), *order),
     )
     length = [math.prod(averaged)]
     pool = _average(Site(before.output_sizes, [], at.like), length, length, [0]).linear
@@ -425,8 +431,10 @@ def _dropout(at: Site, value: Any, p: float = 0.5, training: bool = True, inplac
     return _same(at, value)
 
 
-def rearranged(at: Site, function: Callable[[Tensor], Tensor]) -> Affine:
-    return Affine(Rearrangement(function, at.input_sizes, at.like))
+def rearranged(at: Site, function: Callable[[Tensor], Tensor], *key: Any) -> Affine:
+    """``key``: a function and its arguments, by which the same one is known again; nothing for none."""
+    known = (key[0], repr(key[1:])) if key else None
+    return Affine(Rearrangement(function, at.input_sizes, at.like, known))
 
 
 def _rearranged(function: Callable[..., Any]) -> None:
@@ -439,7 +447,9 @@ def _rearranged(function: Callable[..., Any]) -> None:
             return result
 
         indices = any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs)))
-        return rearranged(at, moved if indices else lambda x: function(x, *args, **kwargs))
+        if indices:
+            return rearranged(at, moved)
+        return rearranged(at, lambda x: function(x, *args, **kwargs), function, args, kwargs)
 
     rule(function)(build)
 
@@ -459,14 +469,14 @@ def _roll(at: Site, value: Any, shifts: Any, dims: Any = None) -> Affine:
     moved = [dims] if isinstance(dims, int) else list(dims or ())
     if not moved or any(dim % (len(at.input_sizes) + 1) == 0 for dim in moved):
         raise ValueError(f"dims={dims}, which hold the batch, want others")
-    return rearranged(at, lambda x: x.roll(shifts, dims))
+    return rearranged(at, lambda x: x.roll(shifts, dims), torch.roll, shifts, dims)
 
 
 @rule(Tensor.expand, Tensor.expand_as)
 def _expand(at: Site, value: Any, *sizes: Any) -> Affine:
     if len(at.input_sizes) != len(at.output_sizes):
         raise ValueError("more dimensions, want as many")
-    return rearranged(at, lambda x: x.expand(len(x), *at.output_sizes))
+    return rearranged(at, lambda x: x.expand(len(x), *at.output_sizes), Tensor.expand, at.output_sizes)
 
 
 @rule(Tensor.to, Tensor.cpu, Tensor.double, Tensor.float, Tensor.type_as)
@@ -488,7 +498,7 @@ def _sum(
 def _pad(at: Site, input_: Any, /, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Affine:
     if mode == "constant" and value:
         raise ValueError(f"padding with {value}, want zeros")
-    return Affine(Rearrangement(lambda x: F.pad(x, list(pad), mode), at.input_sizes, at.like))
+    return rearranged(at, lambda x: F.pad(x, list(pad), mode), F.pad, list(pad), mode)
 
 
 @rule(F.interpolate)
@@ -497,10 +507,11 @@ def _resized(
 ) -> Affine:
     if mode not in ("nearest", "nearest-exact"):
         raise ValueError(f"mode={mode!r}, want 'nearest'")
-    resized = Rearrangement(lambda x: F.interpolate(x, size, scale_factor, mode), at.input_sizes, at.like)
+    numbers = (size, scale_factor, mode)
+    resized = rearranged(at, lambda x: F.interpolate(x, *numbers), F.interpolate, *numbers)
     if any(m % n for n, m in zip(at.input_sizes[1:], at.output_sizes[1:], strict=True)):
         raise ValueError(f"{tuple(at.input_sizes[1:])} to {tuple(at.output_sizes[1:])}, want an integer factor")
-    return Affine(resized)
+    return resized
 
 
 # ---- activations ----
