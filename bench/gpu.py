@@ -2,6 +2,7 @@
 
     python -m bench.gpu OUT.json                       all cases; bench/gpu_check.sh runs this
     python -m bench.gpu --prepare                      train the networks and fill torch.compile's cache, timing nothing
+    python -m bench.gpu --launch                       every op of ours once, the profiler on around it: for ncu
     python -m bench.gpu --device cpu --tiny OUT.json   every case at toy sizes: that this program works
 
 How it is timed: CUDA events around one call, the L2 cache overwritten between calls, so that every call reads its
@@ -636,6 +637,19 @@ def measure(case: Case, setting: Setting, clock: Clock, prepare: bool = False) -
     return {**result, "variants": list(entries.values())}
 
 
+def launch(case: Case) -> None:
+    """The ops of ours once, the profiler on."""
+    set_precision(case.precision)
+    for variant in case.build():
+        if variant.name == "ours" and variant.work == "both":
+            variant.call()
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            variant.call()
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """Memory at its peak beyond what stood before."""
     torch.cuda.synchronize()
@@ -714,7 +728,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def cases(setting: Setting) -> list[Case]:
     """What the targets are about first: a run can be cut short."""
     cifar, mnist = (list(step_cases(setting, name)) for name in ("cifar10-6c2f", "mnist-4c3f"))
-    return [*activation_cases(setting), *margin_cases(setting), *cifar, *norm_cases(setting), *mnist]
+    return [*activation_cases(setting), *margin_cases(setting), *norm_cases(setting), *cifar, *mnist]
 
 
 def write(path: Path, run: dict[str, Any]) -> None:
@@ -731,10 +745,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=DEVICE.type, choices=("cpu", "cuda"), help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, and torch.compile without a code generator")
     parser.add_argument("--prepare", action="store_true", help="run once what takes long the first time")
+    parser.add_argument("--launch", action="store_true", help="every op of ours once, for a profiler")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
     options = parser.parse_args(arguments)
-    if options.prepare == bool(options.out):
-        parser.error("want a file for the JSON, or --prepare, one of the two")
+    if options.prepare + options.launch + bool(options.out) != 1:
+        parser.error("want a file for the JSON, --prepare or --launch, one of the three")
     begin = time.monotonic()
     setting = Setting(torch.device(options.device), options.tiny)
     clock = Clock(setting)
@@ -744,6 +759,12 @@ def main(arguments: list[str] | None = None) -> int:
     run: dict[str, Any] = {"environment": environment(setting.device) | {"batch": setting.batch}, "cases": []}
     # Not on the default stream, where nothing can be captured.
     with torch.cuda.stream(torch.cuda.Stream()) if clock.on_gpu else nullcontext():
+        if options.launch:
+            for case in cases(setting):
+                if case.op != "training_step":
+                    print(f"{case.op}: {case.name} ({case.precision})", flush=True)
+                    launch(case)
+            return 0
         if not options.prepare:
             run["ceilings"] = ceilings(setting, clock)
         for case in cases(setting):
