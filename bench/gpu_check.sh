@@ -65,7 +65,7 @@ build() {
     "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$work/site" --verbose . || return
   nvcc -std=c++17 -arch="sm_${2/./}" "$work/tree/bench/planted_errors.cu" -o "$work/planted" ||
     echo "the planted errors do not compile: no sanitizer can be trusted"
-  cd "$work/tree" && "$python" -c 'import locallip_cuda; print(locallip_cuda.build_info())'
+  cd "$work/tree" && PYTHONPATH=$work/site "$python" -c 'import locallip_cuda; print(locallip_cuda.build_info())'
 }
 
 kernels() {
