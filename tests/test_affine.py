@@ -146,6 +146,16 @@ def test_autocast(case: str, device: str) -> None:
         assert (mine - theirs).abs().max() / theirs.abs().max() < 0.03
 
 
+@every_case
+def test_float32_is_not_tf32(case: str, device: str) -> None:
+    """torch by itself lets a GPU's convolutions take TF32: here it wants asking, also for the input's gradient."""
+    args = arguments(case, 4, True, device, torch.float32)
+    exact = [a.double() if isinstance(a, Tensor) else a for a in args]
+    of_input = [gradients(ops.affine, own, [0])[0] for own in (args, exact)]
+    for mine, theirs in ((ops.affine(*args), ops.affine(*exact)), of_input):
+        assert (mine.double() - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("case, batch", [("dense", 3), ("strided, grouped", 3), ("convolution", 0)])
 def test_opcheck(case: str, batch: int, device: str) -> None:
     args = [a.requires_grad_(True) if isinstance(a, Tensor) else a for a in arguments(case, batch, True, device)]

@@ -67,14 +67,17 @@ def hiding() -> tuple[nn.Sequential, Tensor]:
 
 @every_device
 def test_kept_vectors_see_what_the_global_one_does_not(device: str) -> None:
-    """After a few batches, by two iterations, of which the global vector's start leaves norms a tenth too small."""
+    """After some batches, by two iterations, of which the global vector's start leaves norms a tenth too small.
+
+    Two steps may find the second singular value, 0.9, first, and then take some twenty batches to leave it.
+    """
     model, x = hiding()
     model, x, y = model.to(device), x.to(device), labels(12, device=device)
     fresh = ll.local_bounds(model, x, 0.1, iterations=2)
     assert fresh.closeness[:, 1].mean() < 0.95 and fresh.closeness[:, 1].min() < 0.9
     norms = ll.TrainingNorms(model, x)
     norms.iterations = [2, 2]
-    for _ in range(12):
+    for _ in range(40):
         b = ll.local_bounds(model, x, 0.1, norms=norms, y=y)
     assert b.closeness.min() > 0.999
     torch.testing.assert_close(converged(b)[:, 1], torch.ones(12, dtype=torch.float64, device=device))

@@ -18,7 +18,9 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 inline void check(const char* what, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or torch's next check would report it once more
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 struct Shape {
@@ -55,6 +57,16 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   check("device", cudaGetDevice(&device));
   check("device", cudaDeviceGetAttribute(&value, attribute, device));
   return value;
+}
+
+// Whether the code of `kernel` that this device runs has instructions for clusters: compiled for compute
+// capability 9.0, and not the PTX of an earlier one.
+template <typename... Parameters>
+bool has_clusters(void (*kernel)(Parameters...)) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
+  cudaFuncAttributes attributes = {};
+  check("masked_norm", cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return attributes.ptxVersion >= 90;
 }
 
 inline unsigned blocks_for(int64_t items, int64_t per_block) {

@@ -651,7 +651,7 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
 // where not even the largest cluster does.
 unsigned cluster_for(const Geometry& g, int64_t batch) {
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const bool clusters = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  const bool clusters = has_clusters(convolution_kernel<true>);
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   unsigned chosen = 0;
   const int rows = smaller(g.in_height, g.out_height);  // every block has some

@@ -47,6 +47,7 @@ extern int order;
 
 // Bytes of shared memory a block may have: an H100's. Tests lower it to see what happens to layers that do not fit.
 extern size_t shared_limit;
+extern int ptx_version;
 
 void run_grid(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const std::function<void()>& body);
 
@@ -157,6 +158,7 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -173,6 +175,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(emulation::shared_limit)
            : attribute == cudaDevAttrComputeCapabilityMajor     ? 9
                                                                 : 3;
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = emulation::ptx_version;
   return cudaSuccess;
 }
 

@@ -39,3 +39,13 @@ def shared_limit() -> Iterator[object]:
 
     yield limit
     limit(SHARED_LIMIT)
+
+
+@pytest.fixture
+def code_for_compute_80() -> Iterator[None]:
+    """Emulated kernels are of PTX for compute capability 8.0, on a device of 9.0; of no effect elsewhere."""
+    if EMULATED:
+        ctypes.CDLL(EMULATED).locallip_emulation_ptx_version(80)
+    yield
+    if EMULATED:
+        ctypes.CDLL(EMULATED).locallip_emulation_ptx_version(90)

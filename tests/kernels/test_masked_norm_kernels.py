@@ -170,12 +170,20 @@ def test_convolution_in_clusters(device: str, layer: tuple[Any, ...], limit: int
     convolve(device, layer, "random", 2)
 
 
+def test_clusters_need_code_that_has_them(device: str, shared_limit: Any, code_for_compute_80: None) -> None:
+    """Code of earlier devices takes every block for the first of its cluster."""
+    shared_limit(18400)
+    convolve(device, CONVOLUTIONS[4], "random", 2)
+
+
 @pytest.mark.parametrize("iterations", [0, 1, 15, 16, 33])
 def test_convolution_iterations(device: str, iterations: int) -> None:
     convolve(device, CONVOLUTIONS[5], "random", iterations)
 
 
-def test_convolution_in_tf32(device: str) -> None:
+@pytest.mark.parametrize("streaming", ["0", "1"])
+def test_convolution_in_tf32(device: str, streaming: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCALLIP_STREAMING", streaming)
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         convolve(device, CONVOLUTIONS[5], "random", 4, tolerance=2e-3)
