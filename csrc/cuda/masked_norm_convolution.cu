@@ -19,8 +19,9 @@
 // factor is carried beside them.
 //
 // 32x32x32 maps, 3 x 3: 18.9 MFLOP an application and 256 KiB of vectors; 4 iterations (9 applications) of 256 samples
-// are 43 GFLOP. Products in tf32 take one tensor instruction; in float32 three, of the upper and lower parts of the
-// operands, which leaves errors near 2^-21. Device memory: 8 vectors of 128 KiB a sample written and read.
+// are 43 GFLOP. Products in tf32 take one tensor instruction, of operands that were rounded when they were stored; in
+// float32 three, of the upper and lower parts of the operands, which leaves errors near 2^-21, and because tensor cores
+// round sums toward zero norms some 2e-6 too small. Device memory: 8 vectors of 128 KiB a sample written and read.
 #include <limits.h>
 
 #include "../masked_norm.h"
@@ -31,8 +32,10 @@ namespace locallip::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kPiece = 32;  // taps-and-channels of a piece of the weights
-constexpr int kRing = 3;    // pieces on chip: one in use, one complete or nearly, one under way
+constexpr int kPiece = 32;    // taps-and-channels of a piece of the weights
+constexpr int kRing = 3;      // pieces on chip: one in use, one complete or nearly, one under way
+constexpr int kTogether = 8;  // units, or words of masks, that a thread takes at once, their loads in flight together
+constexpr uint32_t kLowerBits = 0x1FFF;  // of a float32, that tf32 has not
 constexpr int kMaxStride = 4;
 constexpr int kMaxPasses = 1 + kMaxStride * kMaxStride;
 constexpr int kMaxCluster = 8;
@@ -125,7 +128,7 @@ struct Product {
   __host__ __device__ int depth() const { return rows.count * cols.count * source_channels; }
   __host__ __device__ int pieces() const { return (depth() + kPiece - 1) / kPiece; }
   __host__ __device__ int padded_channels() const { return (target_channels + 7) / 8 * 8; }
-  // in floats: the weights, and for each of the kPiece the offset in the source's frame
+  // in floats: the weights, and for each of the kPiece the offset in the source's frame, in bytes
   __host__ __device__ int piece_size() const { return kPiece * padded_channels() + kPiece; }
 };
 
@@ -145,7 +148,7 @@ __host__ __device__ int place_in_piece(int depth, int channel, int padded_channe
 
 // Block i makes piece i of all products' pieces in a row. Weights are scaled by a power of two to at most 2, so that
 // applications of A and A^T in a row do not overflow or underflow; block 0 leaves the exponent.
-__global__ void pack_kernel(const float* weight, Geometry g, float* packed, int* exponent) {
+__global__ void pack_kernel(const float* weight, Geometry g, bool float32, float* packed, int* exponent) {
   auto* scratch = dynamic_shared<float>();
   const int count = g.out_channels * g.kernel_height * g.kernel_width * g.in_channels;
   float largest = 0;
@@ -179,7 +182,7 @@ __global__ void pack_kernel(const float* weight, Geometry g, float* packed, int*
       const int o = product.adjoint ? source : target, c = product.adjoint ? target : source;
       value = scalbnf(weight[((o * g.kernel_height + row) * g.kernel_width + col) * g.in_channels + c], -power);
     }
-    out[place_in_piece(depth, target, channels)] = value;
+    out[place_in_piece(depth, target, channels)] = float32 ? value : as_float(to_tf32(value));
   }
   const Frame source = product.adjoint ? left_frame(g, 0, 1) : right_frame(g, 0, 1);
   auto* offsets = reinterpret_cast<int*>(out + kPiece * channels);
@@ -188,7 +191,8 @@ __global__ void pack_kernel(const float* weight, Geometry g, float* packed, int*
     const bool inside = k < product.depth();  // beyond, any place will do: the weight there is zero
     const int channel = inside ? k % product.source_channels : 0, tap = inside ? k / product.source_channels : 0;
     const int pixels = tap / product.cols.count * source.cols.size() + tap % product.cols.count;
-    offsets[threadIdx.x] = (product.adjoint ? -pixels : pixels) * source.pitch + channel;
+    const int floats = (product.adjoint ? -pixels : pixels) * source.pitch + channel;
+    offsets[threadIdx.x] = floats * static_cast<int>(sizeof(float));
   }
 }
 
@@ -247,18 +251,26 @@ __device__ Pass pass_of(const Geometry& g, int number, int first, int rank, int 
   return pass;
 }
 
-// A vector of one sample on chip: its frame, the band of rows this block owns, and the other blocks' frames.
+// A vector of one sample on chip: its frame, the band of rows this block owns, and the other blocks' frames. Where it
+// lies is told from the begin of the shared memory, because a pointer out of a struct could be to anywhere.
 struct Vector {
-  float* data;
-  uint32_t* mask;  // a word for every 32 channels of every pixel of the band
-  float* slots;    // in global memory: the sample's vectors one after another, `slot_stride` apart
+  int data_at, mask_at;  // in floats, in words
+  float* slots;          // in global memory: the sample's vectors one after another, `slot_stride` apart
   int64_t slot_stride;
   Frame frame;
   Range own;
   int width, channels;
   const Range* rows_of_rank;
 
+  __device__ float* data() const { return dynamic_shared<float>() + data_at; }
+  // a word for every 32 channels of every pixel of the band
+  __device__ uint32_t* mask() const { return dynamic_shared<uint32_t>() + mask_at; }
   __device__ int words() const { return (channels + 31) / 32; }
+};
+
+// A unit of a map: its index, channels last, and its coordinates.
+struct Unit {
+  int index, row, col, channel;
 };
 
 struct Shared {
@@ -266,6 +278,7 @@ struct Shared {
   double scratch[kWarps];
   double from_rank[2][kMaxCluster];
   double factor[2][kWindow];  // of q_j and p_j: the unit vector over the stored one
+  float share[2][kWindow];    // of each stored vector in the singular vectors
   Vector vectors[2];          // q and p
   Range rows_of_rank[2][kMaxCluster];
   Pass passes[kMaxPasses];
@@ -341,36 +354,48 @@ struct Convolution {
     }
   }
 
-  // Calls run(unit, row, col, channel) for the band's units, `unit` counted over the whole map, channels last.
-  // Divisions are slow: they are done once, and carried on.
+  // Calls run(units, count) for the band's units, of which a thread takes kTogether at once, so that their loads are in
+  // flight together. Divisions are slow: they are done once, and carried on.
   template <typename Run>
-  __device__ void for_each_unit(const Vector& vector, Run run) {
+  __device__ void for_each_units(const Vector& vector, Run run) {
     const int thread = static_cast<int>(threadIdx.x), pixels = kThreads / vector.channels;
     const int channel_step = kThreads % vector.channels, row_step = pixels / vector.width,
               col_step = pixels % vector.width;
-    int channel = thread % vector.channels, row = vector.own.begin + thread / vector.channels / vector.width,
-        col = thread / vector.channels % vector.width;
+    Unit next = {vector.own.begin * vector.width * vector.channels + thread,
+                 vector.own.begin + thread / vector.channels / vector.width, thread / vector.channels % vector.width,
+                 thread % vector.channels};
     const int end = vector.own.end * vector.width * vector.channels;
-    for (int unit = vector.own.begin * vector.width * vector.channels + thread; unit < end; unit += kThreads) {
-      run(unit, row, col, channel);
-      channel += channel_step;
-      col += col_step;
-      row += row_step;
-      if (channel >= vector.channels) {
-        channel -= vector.channels;
-        ++col;
+    while (next.index < end) {
+      Unit units[kTogether];
+      int count = 0;
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        units[k] = next;
+        count += next.index < end;
+        next.index += kThreads;
+        next.channel += channel_step;
+        next.col += col_step;
+        next.row += row_step;
+        if (next.channel >= vector.channels) {
+          next.channel -= vector.channels;
+          ++next.col;
+        }
+        if (next.col >= vector.width) {
+          next.col -= vector.width;
+          ++next.row;
+        }
       }
-      if (col >= vector.width) {
-        col -= vector.width;
-        ++row;
-      }
+      run(units, count);
     }
   }
 
-  __device__ static bool kept(const Vector& vector, int row, int col, int channel) {
-    return vector.mask[((row - vector.own.begin) * vector.width + col) * vector.words() + channel / 32] >>
-               (channel % 32) &
-           1;
+  __device__ static bool kept(const Vector& vector, const Unit& unit) {
+    const int pixel = (unit.row - vector.own.begin) * vector.width + unit.col;
+    return vector.mask()[pixel * vector.words() + unit.channel / 32] >> (unit.channel % 32) & 1;
+  }
+
+  __device__ static float* place(const Vector& vector, const Unit& unit) {
+    return vector.data() + vector.frame.at(unit.row, unit.col) + unit.channel;
   }
 
   // ---- the stream of weights: the pieces of pass 0, 1, ..., of pass 0 again, and so on, each once a round
@@ -411,14 +436,15 @@ struct Convolution {
     const int pixel0 = number % now.pixel_tiles * (16 * kPixels), channel0 = number / now.pixel_tiles * (8 * kChannels);
     const bool works = number < now.tiles;
     float acc[kPixels][kChannels][4] = {};
-    int base[kPixels][2];
+    SharedAddress base[kPixels][2];
 #pragma unroll
     for (int m = 0; m < kPixels; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int pixel = smaller(pixel0 + m * 16 + half * 8 + g, now.count - 1);
-        base[m][half] = source.frame.at(now.source_row + pixel / now.width * now.source_row_step,
-                                        now.source_col + pixel % now.width * now.source_col_step);
+        base[m][half] =
+            shared_address(source.data() + source.frame.at(now.source_row + pixel / now.width * now.source_row_step,
+                                                           now.source_col + pixel % now.width * now.source_col_step));
       }
     for (int i = 0; i < now.pieces; ++i) {
       const float* weights = next_piece();
@@ -440,7 +466,7 @@ struct Convolution {
         for (int m = 0; m < kPixels; ++m) {
           uint32_t a_high[4], a_low[4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) split(source.data[base[m][j % 2] + (j < 2 ? near : far)], a_high[j], a_low[j]);
+          for (int j = 0; j < 4; ++j) split(load_shared(base[m][j % 2] + (j < 2 ? near : far)), a_high[j], a_low[j]);
 #pragma unroll
           for (int n = 0; n < kChannels; ++n) {
             if constexpr (kFloat32) {
@@ -464,9 +490,10 @@ struct Convolution {
                   col = now.target_col + pixel % now.width * now.col_step;
         const int unit = (row * target.width + col) * target.channels;
         const unsigned readers = readers_of(target, row);
-        float* here = target.data + target.frame.at(row, col);
+        float* here = target.data() + target.frame.at(row, col);
+        float part = 0;  // eight squares in float32
         const uint32_t keep =
-            target.mask[((row - target.own.begin) * target.width + col) * target.words() + channel0 / 32];
+            target.mask()[((row - target.own.begin) * target.width + col) * target.words() + channel0 / 32];
 #pragma unroll
         for (int n = 0; n < kChannels; ++n)
 #pragma unroll
@@ -477,20 +504,29 @@ struct Convolution {
             if (keep >> (channel % 32) & 1) {
               value = acc[m][n][half * 2 + e] * factor;
               if (old_factor != 0) value -= old_factor * here[channel];
+              value = rounded(value);
             }
-            square += static_cast<double>(value) * static_cast<double>(value);
+            part += value * value;
             store(target, here + channel, readers, value);
             if (slot) slot[unit + channel] = value;
           }
+        square += part;
       }
     return square;
   }
 
-  // x as a sum of tf32 numbers, the second only where float32 is wanted.
+  // x as a sum of tf32 numbers, as tensor cores read them, which leave out the lower bits: the upper bits of x, and the
+  // rest to the nearest. In tf32 x is one already. Infinities and NaN stay in the first.
   __device__ static void split(float x, uint32_t& high, uint32_t& low) {
-    high = to_tf32(x);
-    if constexpr (kFloat32) low = to_tf32(x - as_float(high));
+    high = as_bits(x);
+    if constexpr (kFloat32) {
+      high &= ~kLowerBits;
+      low = as_bits(x - as_float(high)) + (kLowerBits + 1) / 2;
+    }
   }
+
+  // What a vector's element is rounded to where it is stored.
+  __device__ static float rounded(float x) { return kFloat32 ? x : as_float(to_tf32(x)); }
 
   // ---- what golub_kahan asks for
 
@@ -499,27 +535,39 @@ struct Convolution {
     const ConvolutionGeometry& g = problem.geometry;
     const int64_t first = static_cast<int64_t>(sample) * g.in_height * g.in_width * g.in_channels;
     const float* start = problem.start ? problem.start + (problem.start_per_sample ? first : 0) : nullptr;
+    const auto random = [&](const Unit& unit) { return pseudo_random(static_cast<uint32_t>(first + unit.index), 0); };
     double drawn = 0, given = 0;
-    for_each_unit(right, [&](int unit, int row, int col, int channel) {
-      if (!kept(right, row, col, channel)) return;
-      const double r = pseudo_random(static_cast<uint32_t>(first + unit), 0), s = start ? start[unit] : 0;
-      drawn += r * r;
-      given += s * s;
+    for_each_units(right, [&](const Unit(&units)[kTogether], int count) {
+      float from[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) from[k] = start && k < count ? start[units[k].index] : 0;
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (k >= count || !kept(right, units[k])) continue;
+        const double r = random(units[k]), s = from[k];
+        drawn += r * r;
+        given += s * s;
+      }
     });
     drawn = cluster_sum(drawn);
     given = cluster_sum(given);
     const double of_given = given > 0 ? 1 / sqrt(given) : 0, of_drawn = given > 0 ? kNoise / sqrt(drawn) : 1;
     float* slot = problem.iterations > 0 ? right.slots : nullptr;
     double square = 0;
-    for_each_unit(right, [&](int unit, int row, int col, int channel) {
-      float value = 0;
-      if (kept(right, row, col, channel)) {
-        value = static_cast<float>(pseudo_random(static_cast<uint32_t>(first + unit), 0) * of_drawn);
-        if (given > 0) value += static_cast<float>(start[unit] * of_given);
+    for_each_units(right, [&](const Unit(&units)[kTogether], int count) {
+      float from[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) from[k] = given > 0 && k < count ? start[units[k].index] : 0;
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (k >= count) break;
+        float value = 0;
+        if (kept(right, units[k]))
+          value = rounded(static_cast<float>(random(units[k]) * of_drawn) + static_cast<float>(from[k] * of_given));
+        square += static_cast<double>(value) * static_cast<double>(value);
+        store(right, place(right, units[k]), readers_of(right, units[k].row), value);
+        if (slot) slot[units[k].index] = value;
       }
-      square += static_cast<double>(value) * static_cast<double>(value);
-      store(right, right.data + right.frame.at(row, col) + channel, readers_of(right, row), value);
-      if (slot) slot[unit] = value;
     });
     const double length = sqrt(cluster_sum(square));
     if (threadIdx.x == 0) shared.factor[0][0] = 1 / length;
@@ -557,42 +605,67 @@ struct Convolution {
   __device__ void finish(const SmallSvd& small, int count) {
     const double sigma = count ? small.sigma[small.column[0]] : 0;
     if (rank == 0 && threadIdx.x == 0) problem.sigma[sample] = scalbnf(static_cast<float>(sigma), *problem.exponent);
+    if (threadIdx.x < 2 * kWindow) {
+      const int side = static_cast<int>(threadIdx.x) / kWindow, j = static_cast<int>(threadIdx.x) % kWindow;
+      double share = 0;
+      if (j < count && !(sigma == 0))
+        share = shared.factor[side][j] * (side ? small.a[j][small.column[0]] / sigma : small.v[j][small.column[0]]);
+      shared.share[side][j] = static_cast<float>(share);
+    }
+    __syncthreads();
     for (int side = 0; side < 2; ++side) {
       const Vector vector = shared.vectors[side];
-      const int64_t units = vector.slot_stride / problem.batch;
-      float* out = (side ? problem.left : problem.right) + sample * units;
+      const float* share = shared.share[side];
+      const int64_t size = vector.slot_stride / problem.batch;
+      const int used = sigma == 0 ? 0 : count, stored = smaller(used, problem.iterations);
+      float* out = (side ? problem.left : problem.right) + sample * size;
       double square = 0;
-      for_each_unit(vector, [&](int unit, int row, int col, int channel) {
-        float* here = vector.data + vector.frame.at(row, col) + channel;
-        float value = 0;
-        if (!(sigma == 0))
-          for (int j = 0; j < count; ++j) {
-            const double share = side ? small.a[j][small.column[0]] / sigma : small.v[j][small.column[0]];
-            value += static_cast<float>(share * shared.factor[side][j]) *
-                     (j == problem.iterations ? *here : vector.slots[j * vector.slot_stride + unit]);
-          }
-        *here = value;
-        square += static_cast<double>(value) * static_cast<double>(value);
+      for_each_units(vector, [&](const Unit(&units)[kTogether], int some) {
+        float values[kTogether] = {};
+        for (int j = 0; j < stored; ++j) {
+          const float* slot = vector.slots + j * vector.slot_stride;
+#pragma unroll
+          for (int k = 0; k < kTogether; ++k)
+            if (k < some) values[k] += share[j] * slot[units[k].index];
+        }
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) {
+          if (k >= some) break;
+          float* here = place(vector, units[k]);
+          if (used > stored) values[k] += share[stored] * *here;  // the last vector stayed on chip
+          *here = values[k];
+          square += static_cast<double>(values[k]) * static_cast<double>(values[k]);
+        }
       });
       square = cluster_sum(square);
       const float factor = square == 0 ? 0 : static_cast<float>(1 / sqrt(square));
-      for_each_unit(vector, [&](int unit, int row, int col, int channel) {
-        out[unit] = vector.data[vector.frame.at(row, col) + channel] * factor;
+      for_each_units(vector, [&](const Unit(&units)[kTogether], int some) {
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k)
+          if (k < some) out[units[k].index] = *place(vector, units[k]) * factor;
       });
     }
   }
 };
 
-// The mask of a band as bits, a warp a word.
+// The mask of a band as bits: a warp a word, and kTogether words at once.
 __device__ void load_mask(const Vector& vector, const uint8_t* mask) {
   const int lane = threadIdx.x % kWarp, words = vector.own.size() * vector.width * vector.words();
-  for (int word = threadIdx.x / kWarp; word < words; word += kWarps) {
-    const int pixel = vector.own.begin * vector.width + word / vector.words(),
-              channel = word % vector.words() * 32 + lane;
-    const bool keep =
-        channel < vector.channels && (!mask || mask[static_cast<int64_t>(pixel) * vector.channels + channel]);
-    const uint32_t bits = __ballot_sync(kAllLanes, keep);
-    if (lane == 0) vector.mask[word] = bits;
+  for (int first = threadIdx.x / kWarp; first < words; first += kTogether * kWarps) {
+    bool keep[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int word = first + k * kWarps, pixel = vector.own.begin * vector.width + word / vector.words(),
+                channel = word % vector.words() * 32 + lane;
+      keep[k] = word < words && channel < vector.channels &&
+                (!mask || mask[static_cast<int64_t>(pixel) * vector.channels + channel]);
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int word = first + k * kWarps;
+      const uint32_t bits = __ballot_sync(kAllLanes, keep[k]);
+      if (lane == 0 && word < words) vector.mask()[word] = bits;
+    }
   }
 }
 
@@ -608,8 +681,8 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
   if (threadIdx.x < 2) {
     const int side = static_cast<int>(threadIdx.x);
     Vector& vector = shared.vectors[side];
-    vector.data = reinterpret_cast<float*>(memory + layout.data[side]);
-    vector.mask = reinterpret_cast<uint32_t*>(memory + layout.mask[side]);
+    vector.data_at = layout.data[side] / 4;
+    vector.mask_at = layout.mask[side] / 4;
     vector.slots = (side ? problem.left_slots : problem.right_slots) + sample * (side ? left_units : right_units);
     vector.slot_stride = problem.batch * (side ? left_units : right_units);
     vector.frame = side ? left_frame(g, rank, ranks) : right_frame(g, rank, ranks);
@@ -632,7 +705,7 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
     const uint8_t* mask = side ? problem.row_mask : problem.col_mask;
     load_mask(shared.vectors[side], mask ? mask + sample * (side ? left_units : right_units) : nullptr);
     // borders stay zero throughout
-    float* data = shared.vectors[side].data;
+    float* data = shared.vectors[side].data();
     for (int i = threadIdx.x; i < shared.vectors[side].frame.floats(); i += kThreads) data[i] = 0;
   }
   if (ranks > 1)
@@ -690,7 +763,7 @@ int64_t packed_weight_floats(const ConvolutionGeometry& g) {
 void masked_norm_convolution(const ConvolutionProblem& problem, const float* weight, bool float32, void* stream) {
   const Geometry& g = problem.geometry;
   launch("masked_norm, packing", pack_kernel, {dim3(pieces_of(g)), kThreads, kWarps * sizeof(float)}, stream, weight, g,
-         problem.packed, problem.exponent);
+         float32, problem.packed, problem.exponent);
   const unsigned ranks = cluster_for(g, problem.batch);
   const Layout layout(g, static_cast<int>(ranks));
   launch("masked_norm, convolution", float32 ? convolution_kernel<true> : convolution_kernel<false>,

@@ -18,6 +18,7 @@ namespace locallip::cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kInFlight = 16;  // loads of a thread, which nothing else hides where the weight is read in L2
 
 template <typename T>
 struct Shared {
@@ -53,7 +54,7 @@ template <typename T>
 struct InPlace {
   const T* weight;
   const int *rows, *columns;
-  int64_t width;
+  int width;  // an index fits into 32 bits (dense_fits)
   __device__ T operator()(int i, int j) const { return weight[rows[i] * width + columns[j]]; }
 };
 
@@ -129,6 +130,7 @@ struct Dense {
                 j = shares == 1 ? first + static_cast<int>(threadIdx.x) : static_cast<int>(threadIdx.x) % width;
       T sum = 0;
       if (share < shares && j < width)
+#pragma unroll kInFlight
         for (int i = share; i < height; i += shares) sum += matrix(i, j) * p[i];
       if (shares == 1) {
         if (j < width) q[j] = sum - subtract * q[j];

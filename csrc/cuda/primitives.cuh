@@ -62,6 +62,24 @@ __device__ void store_at_rank(T* here, unsigned, T value) {
 
 #endif
 
+// A place in shared memory as a number of 32 bits, and a load from there: one sum is all that an address takes, which
+// a compiler that sees through it would make two of.
+using SharedAddress = uint32_t;
+
+__device__ inline SharedAddress shared_address(const void* place) {
+  SharedAddress address;
+  asm("{\n\t.reg .u64 there;\n\tcvta.to.shared.u64 there, %1;\n\tcvt.u32.u64 %0, there;\n\t}"
+      : "=r"(address)
+      : "l"(place));
+  return address;
+}
+
+__device__ inline float load_shared(SharedAddress address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+  return value;
+}
+
 // Copies 16 bytes from global to shared memory; there once its group has been waited for, by this thread alone.
 __device__ inline void copy_async(void* to, const void* from) {
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -95,6 +113,7 @@ __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uin
 }
 
 __device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline uint32_t as_bits(float x) { return __float_as_uint(x); }
 
 #else
 
@@ -110,11 +129,17 @@ using emulation::mma_tf32;
 using emulation::to_tf32;
 
 inline float as_float(uint32_t bits) { return emulation::float_of(bits); }
+inline uint32_t as_bits(float x) { return emulation::bits_of(x); }
 
 template <typename T>
 void store_at_rank(T* here, unsigned rank, T value) {
   *static_cast<T*>(emulation::at_rank(here, rank)) = value;
 }
+
+using SharedAddress = uintptr_t;
+
+inline SharedAddress shared_address(const void* place) { return reinterpret_cast<SharedAddress>(place); }
+inline float load_shared(SharedAddress address) { return *reinterpret_cast<const float*>(address); }
 
 inline void copy_async(void* to, const void* from) { emulation::copy_async(to, from, 16); }
 

@@ -92,10 +92,15 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-// Nearest, ties away from zero, as cvt.rna.tf32.
-inline uint32_t to_tf32(float x) {
+inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// Nearest, ties away from zero, as cvt.rna.tf32.
+inline uint32_t to_tf32(float x) {
+  const uint32_t bits = bits_of(x);
   return (bits & 0x7F800000u) == 0x7F800000u ? bits : (bits + 0x1000u) & ~0x1FFFu;
 }
 

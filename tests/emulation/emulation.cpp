@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <boost/context/fiber.hpp>
 #include <boost/context/pooled_fixedsize_stack.hpp>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -284,9 +285,14 @@ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     return float_of(bits & ~0x1FFFu);
   };
   const int g = current->lane() / 4, t = current->lane() % 4;
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 4; ++i) {
+    double sum = c[i];
     for (int k = 0; k < 8; ++k)
-      c[i] += operand(g * 4 + k % 4, i / 2 + k / 4 * 2) * operand((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
+      sum += static_cast<double>(operand(g * 4 + k % 4, i / 2 + k / 4 * 2)) *
+             operand((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
+    c[i] = static_cast<float>(sum);
+    if (std::fabs(static_cast<double>(c[i])) > std::fabs(sum)) c[i] = std::nextafter(c[i], 0.0f);  // toward zero
+  }
 }
 
 }  // namespace emulation
