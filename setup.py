@@ -63,7 +63,7 @@ def extension_and_command():
     kind = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
     extension = kind(
         "locallip_cuda._C",
-        sorted(["csrc/ops.cpp", *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.cu") if toolkit else [])]),
+        sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.cu") if toolkit else [])]),
         depends=HEADERS,
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=[("LOCALLIP_CUDA", None)] if toolkit else [],

@@ -40,8 +40,9 @@ def _units() -> list[tuple[Path, list[str]]]:
         (path, [*common, "-O1", "-g1", "-x", "c++", f"-I{HERE}", *SANITIZERS])
         for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     ]
+    ops = [(path, [*common, "-O0", *defines, *includes]) for path in sorted((ROOT / "csrc").glob("*.cpp"))]
     return [
-        (ROOT / "csrc" / "ops.cpp", [*common, "-O0", *defines, *includes]),
+        *ops,
         *kernels,
         (ROOT / "csrc" / "cpu" / "lanczos_bound.cpp", [*common, "-O1", *includes]),
         (HERE / "emulation.cpp", [*common, "-O2", f"-I{HERE}"]),
