@@ -4,24 +4,30 @@ Norms. ||A x|| / ||x|| is at most ||A||_2 for any x at all. Taken in extended pr
 is a proved lower bound, and for a singular vector it agrees with the norm to 16 digits: no upper bound may be below it.
 
 Networks. On a segment or a disc around the input, a network of piecewise linear activations is cut into its linear
-pieces, in rationals throughout, with the weights as they are stored. What is read off the corners of the pieces
-(margins, features) is taken by the real function, and the Jacobians of the pieces are Jacobians of it.
+pieces, in rationals throughout, with the weights as they are stored: its own `forward` runs on values that are affine
+forms. What is read off the corners of the pieces (margins, features) is taken by the real function, and the Jacobians
+of the pieces are Jacobians of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property, reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse
 import torch
+import torch.nn.functional as F
 from flint import arb, fmpq, fmpq_mat
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
+from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, clipped_maxmin, clipped_relu, maxmin
 
 # --- operator norms ---------------------------------------------------------------------------------------------------
 
@@ -168,93 +174,13 @@ def float_of(value: fmpq) -> float:
     return int(value.p) / int(value.q)
 
 
+def floats(rows: Sequence[Sequence[fmpq]]) -> Tensor:
+    return torch.tensor([[float_of(value) for value in row] for row in rows], dtype=torch.float64)
+
+
 def rationals(t: Tensor) -> list[fmpq]:
     """The stored values, flattened; a float32 is the rational number that it is."""
     return [rational(value) for value in t.detach().double().flatten().tolist()]
-
-
-class Affine(NamedTuple):
-    """x -> A x + b on flattened samples: A (m, n), b (m, 1)."""
-
-    matrix: fmpq_mat
-    bias: fmpq_mat
-
-
-def _affine(matrix: scipy.sparse.csr_array, bias: list[fmpq], unit: fmpq | None = None) -> Affine:
-    exact = fmpq_mat(*matrix.shape)
-    coordinates = matrix.tocoo()
-    for i, j, value in zip(coordinates.row.tolist(), coordinates.col.tolist(), coordinates.data.tolist(), strict=True):
-        exact[i, j] = rational(value) * (unit or 1)
-    return Affine(exact, fmpq_mat(len(bias), 1, bias))
-
-
-def _convolution(module: nn.Conv2d, sizes: Sequence[int]) -> Affine:
-    padding = module.padding
-    if isinstance(padding, str):
-        reach = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        padding = (reach[0], reach[1]) if padding == "same" else (0, 0)
-    matrix = operator_matrix(module.weight, sizes, module.stride, padding, module.dilation, module.groups)
-    bias = [fmpq(0)] * module.out_channels if module.bias is None else rationals(module.bias)
-    pixels = matrix.shape[0] // module.out_channels
-    return _affine(matrix, [b for b in bias for _ in range(pixels)])
-
-
-def _average_pool(module: nn.AvgPool2d, sizes: Sequence[int]) -> Affine:
-    """The mean of real arithmetic: 1/9 is a ninth."""
-    kernel = _pair(module.kernel_size)
-    ones = torch.ones(sizes[0], 1, *kernel, dtype=torch.float64)
-    stride = module.kernel_size if module.stride is None else module.stride
-    matrix = operator_matrix(ones, sizes, stride, module.padding, 1, sizes[0])
-    share = fmpq(1, module.divisor_override or kernel[0] * kernel[1])
-    return _affine(matrix, [fmpq(0)] * matrix.shape[0], share)
-
-
-def _normalize(module: Normalize, sizes: Sequence[int]) -> Affine:
-    """(x - mean) / std of real arithmetic."""
-    units, pixels = int(np.prod(sizes)), int(np.prod(sizes[1:]))
-    mean, std = (rationals(t.expand(sizes[0])) for t in (module.mean, module.std))
-    matrix = fmpq_mat(units, units)
-    for i in range(units):
-        matrix[i, i] = 1 / std[i // pixels]
-    return Affine(matrix, fmpq_mat(units, 1, [-mean[i // pixels] / std[i // pixels] for i in range(units)]))
-
-
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, nn.Sequential):
-        for child in module:
-            yield from _leaves(child)
-    elif not isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)):
-        yield module
-
-
-Layer = Affine | nn.Module  # an activation stays the module it is
-
-
-@torch.no_grad()
-def layers_of(model: nn.Sequential, input_size: Sequence[int]) -> list[Layer]:
-    """The network on flattened samples, affine layers exact; the sizes between them come from running it."""
-    layers: list[Layer] = []
-    value = torch.zeros(1, *input_size, dtype=next((p.dtype for p in model.parameters()), torch.float64))
-    for module in _leaves(model):
-        sizes = value.shape[1:]
-        match module:
-            case nn.Linear():
-                bias = [fmpq(0)] * module.out_features if module.bias is None else rationals(module.bias)
-                layers.append(_affine(operator_matrix(module.weight), bias))
-            case nn.Conv2d():
-                layers.append(_convolution(module, sizes))
-            case nn.AvgPool2d():
-                layers.append(_average_pool(module, sizes))
-            case Normalize():
-                layers.append(_normalize(module, sizes))
-            case nn.ReLU() | nn.LeakyReLU() | ClippedReLU() | MaxMin() | ClippedMaxMin():
-                layers.append(module)
-            case nn.Flatten():
-                pass
-            case _:
-                raise NotImplementedError(f"{module} is not piecewise linear")
-        value = module(value)
-    return layers
 
 
 # An affine form on the slice is (constant, slope, ...); a cell is the list of its corners, each (coordinate, ...).
@@ -280,85 +206,396 @@ def _clip(cell: Cell, form: Form) -> Cell:
     return [corner for k, corner in enumerate(kept) if corner != kept[k - 1]]
 
 
-def _larger(cell: Cell, f: Form, g: Form) -> list[tuple[Cell, Form]]:
-    """max(f, g) on a cell: the parts on which it is one of them, with the one that it is."""
-    difference = [a - b for a, b in zip(f, g, strict=True)]
-    values = [_at(difference, corner) for corner in cell]
-    if min(values) >= 0:
-        return [(cell, f)]
-    if max(values) <= 0:
-        return [(cell, g)]
-    return [(_clip(cell, difference), f), (_clip(cell, [-d for d in difference]), g)]
+class Symbol(Tensor):
+    """A value of a network on one cell: a batch of one sample, whose numbers are affine forms.
+
+    A model runs on it by its own `forward`; what a function of torch makes of it is what `FUNCTIONS` has under it.
+    """
+
+    forms: list[Form]
+    walk: Walk
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        walk = next(each.walk for each in tree_leaves((args, kwargs)) if isinstance(each, Symbol))
+        return walk.call(function, args, kwargs)
+
+    @property
+    def floats(self) -> Tensor:
+        """The forms (numbers, 1 + coordinates) in float64."""
+        if not hasattr(self, "_floats"):
+            self._floats = floats(self.forms)
+        return self._floats
 
 
-def _smaller(cell: Cell, f: Form, g: Form) -> list[tuple[Cell, Form]]:
-    return [(part, f if form is g else g) for part, form in _larger(cell, f, g)]
+# what a program may ask of a value: its shape
+QUESTIONS = {
+    *(Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__),
+    *(Tensor.size, Tensor.dim, Tensor.__len__, Tensor.numel, Tensor.__repr__),
+}
 
 
-def _outputs(module: nn.Module, forms: list[Form], cell: Cell) -> list[tuple[Cell, list[Form]]]:
-    """An activation on one cell: the pieces it is cut into, with the outputs' forms on each."""
+class Walk:
+    """A model's runs on the cells that its comparisons cut a cell into, each a piece on which it is affine.
 
-    def constant(value: fmpq) -> Form:
-        return [value] + [fmpq(0)] * (len(forms[0]) - 1)
+    A comparison that the cell does not decide cuts it. The run goes on in one half; the other waits, with the results
+    of the functions up to there, which hold in it too.
+    """
 
-    half = len(forms) // 2
-    pieces: list[tuple[Cell, list[Form]]] = [(cell, [])]
-    if isinstance(module, (nn.ReLU, nn.LeakyReLU, ClippedReLU)):
-        slope = rational(module.negative_slope) if isinstance(module, nn.LeakyReLU) else fmpq(0)
-        for k, form in enumerate(forms):
-            low = [slope * value for value in form]
-            pieces = [(c, [*done, out]) for part, done in pieces for c, out in _larger(part, form, low)]
-            if isinstance(module, ClippedReLU):
-                top = constant(rational(float(module.threshold.flatten()[k])))
-                pieces = [(c, [*done[:-1], out]) for part, done in pieces for c, out in _smaller(part, done[-1], top)]
-        return pieces
-    for k in range(half):
-        a, b = forms[k], forms[k + half]
-        both = [p + q for p, q in zip(a, b, strict=True)]
-        pieces = [
-            (c, [*done, high, [s - h for s, h in zip(both, high, strict=True)]])
-            for part, done in pieces
-            for c, high in _larger(part, a, b)
+    def __init__(self, model: Callable[[Tensor], Tensor], sizes: Sequence[int], dtype: torch.dtype) -> None:
+        self.model, self.sizes, self.dtype = model, sizes, dtype
+        self.cell: Cell = []
+        self.dimension = 0
+        self.step = 0
+        self.results: list[Any] = []
+        self.waiting: list[tuple[Cell, list[Any]]] = []
+        self.fixed: dict[int, Any] = {}
+
+    @torch.no_grad()
+    def pieces(self, cell: Cell, forms: list[Form]) -> Iterator[tuple[Cell, list[Symbol], Symbol]]:
+        """Of the input with the given forms: cells, all values on the way, and what the model returns."""
+        value = self.symbol(forms, (1, *self.sizes))
+        self.dimension, self.waiting = len(forms[0]) - 1, [(cell, [])]
+        while self.waiting:
+            self.cell, self.results = self.waiting.pop()
+            self.step = 0
+            returned = self.model(value)
+            assert isinstance(returned, Symbol), "the model returns no value of its input"
+            yield self.cell, [value, *tree_leaves(self.results)], returned
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.step == len(self.results):
+            if function not in FUNCTIONS:
+                raise NotImplementedError(f"{function} is not piecewise linear, or not known")
+            self.results.append(FUNCTIONS[function](self, function, *args, **kwargs))
+        self.step += 1
+        return self.results[self.step - 1]
+
+    def symbol(self, forms: list[Form], shape: Sequence[int]) -> Symbol:
+        symbol = torch.empty(tuple(shape), dtype=self.dtype, device="meta").as_subclass(Symbol)
+        assert len(forms) == math.prod(shape) and shape[0] == 1
+        symbol.forms, symbol.walk = forms, self
+        return symbol
+
+    def once(self, made: Callable[[], Any]) -> Any:
+        """What is the same in every cell, and made in the first: the matrix of a function, say."""
+        if self.step not in self.fixed:
+            self.fixed[self.step] = made()
+        return self.fixed[self.step]
+
+    def constant(self, value: fmpq) -> Form:
+        return [value, *[fmpq(0)] * self.dimension]
+
+    def larger(self, f: Form, g: Form) -> Form:
+        """max(f, g), which is one of them in the rest of the run."""
+        difference = [a - b for a, b in zip(f, g, strict=True)]
+        values = [_at(difference, corner) for corner in self.cell]
+        if max(values) <= 0:
+            return g
+        if min(values) < 0:
+            self.waiting.append((_clip(self.cell, [-d for d in difference]), list(self.results)))
+            self.cell = _clip(self.cell, difference)
+        return f
+
+    def smaller(self, f: Form, g: Form) -> Form:
+        return g if self.larger(f, g) is f else f
+
+
+# --- functions: of a walk, the function itself, and its arguments -----------------------------------------------------
+
+
+def _images(function: Callable[[Tensor], Tensor], value: Symbol) -> Tensor:
+    """(inputs, *output) of the unit vectors, in float64: sums of one number and zeros, which do not round."""
+    count = math.prod(value.shape)
+    return function(torch.eye(count, dtype=torch.float64).view(count, *value.shape[1:]))
+
+
+def _matrix(images: Tensor, entry: Callable[[float], fmpq]) -> fmpq_mat:
+    """(outputs, inputs)"""
+    images = images.flatten(1)
+    matrix = fmpq_mat(images.shape[1], images.shape[0])
+    places = images.nonzero()
+    for (j, i), number in zip(places.tolist(), images[tuple(places.T)].tolist(), strict=True):
+        matrix[i, j] = entry(number)
+    return matrix
+
+
+def _product(matrix: fmpq_mat, forms: list[Form]) -> list[Form]:
+    return (matrix * fmpq_mat(forms)).tolist()
+
+
+def _weighted(
+    walk: Walk, function: Any, value: Symbol, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Symbol:
+    """A layer with weights, which are the entries of its matrix."""
+
+    def made() -> tuple[fmpq_mat, list[int], list[fmpq]]:
+        given = weight.detach().double()
+        if function is F.linear and value.dim() == 2:
+            images = given.T
+        else:
+            images = _images(lambda x: function(x, given, None, *args, **kwargs), value)
+        # a bias is one number a channel; along the last dimension in F.linear
+        shape = [-1] if function is F.linear else [-1, *[1] * (images.dim() - 2)]
+        biases = [] if bias is None else rationals(bias.view(shape).expand(images.shape[1:]))
+        return _matrix(images, rational), [1, *images.shape[1:]], biases
+
+    matrix, shape, biases = walk.once(made)
+    forms = _product(matrix, value.forms)
+    for form, number in zip(forms, biases, strict=False):
+        form[0] += number
+    return walk.symbol(forms, shape)
+
+
+def _averaged(walk: Walk, function: Any, value: Symbol, *args: Any, **kwargs: Any) -> Symbol:
+    """Means of real arithmetic: 1/9 is a ninth."""
+
+    def made() -> tuple[fmpq_mat, list[int]]:
+        images = _images(lambda x: function(x, *args, **kwargs), value)
+        return _matrix(images, lambda share: fmpq(1, round(1 / share))), [1, *images.shape[1:]]
+
+    matrix, shape = walk.once(made)
+    return walk.symbol(_product(matrix, value.forms), shape)
+
+
+def _moved(walk: Walk, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Numbers of one value, or of several, elsewhere, and zeros: what the function makes of their places, from 1 on."""
+    assert not kwargs.get("value") and not kwargs.get("training"), "numbers that are no value's"
+    sources: list[Form] = []
+
+    def places(item: Any) -> Any:
+        if not isinstance(item, Symbol):
+            return item
+        first = len(sources) + 1
+        sources.extend(item.forms)
+        return torch.arange(first, first + len(item.forms), dtype=torch.float64).view(item.shape)
+
+    given = tree_map(places, (args, kwargs))
+    found = walk.once(lambda: function(*given[0], **given[1]))
+    zero = walk.constant(fmpq(0))
+
+    def chosen(result: Tensor) -> Symbol:
+        return walk.symbol([sources[k - 1] if k else zero for k in result.flatten().long().tolist()], result.shape)
+
+    return tree_map(chosen, found)
+
+
+def _operand(walk: Walk, item: Any, shape: Sequence[int]) -> list[Form]:
+    """A value, a tensor or a number, broadcast."""
+    if isinstance(item, Symbol):
+        places = torch.arange(math.prod(item.shape)).view(item.shape).expand(tuple(shape))
+        return [item.forms[k] for k in places.flatten().tolist()]
+    given = item if isinstance(item, Tensor) else torch.tensor(item, dtype=torch.float64)
+    return [walk.constant(number) for number in rationals(given.expand(tuple(shape)))]
+
+
+def _arithmetic(operation: Callable[[Form, Form, fmpq], Form]) -> Callable[..., Symbol]:
+    """Of two values, or of a value and what is the same for every sample, number by number."""
+
+    def entry(walk: Walk, function: Any, first: Any, second: Any = 0, *, alpha: float = 1) -> Symbol:
+        shape = torch.broadcast_shapes(*(each.shape for each in (first, second) if isinstance(each, Tensor)))
+        pairs = zip(*(_operand(walk, each, shape) for each in (first, second)), strict=True)
+        return walk.symbol([operation(p, q, rational(float(alpha))) for p, q in pairs], shape)
+
+    return entry
+
+
+def _times(p: Form, q: Form) -> Form:
+    p, q = (p, q) if any(p[1:]) else (q, p)
+    assert not any(q[1:]), "a product of two values"
+    return [q[0] * v for v in p]
+
+
+def _batch_norm(
+    walk: Walk,
+    function: Any,
+    value: Symbol,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Symbol:
+    """(x - mean) / sqrt(var + eps) * weight + bias, of variances whose roots are rational."""
+    assert not training
+
+    def made() -> list[tuple[fmpq, fmpq]]:
+        count = len(mean)
+        given = [
+            mean,
+            var,
+            torch.ones(count) if weight is None else weight,
+            torch.zeros(count) if bias is None else bias,
         ]
-        if isinstance(module, ClippedMaxMin):
-            top, bottom = (constant(rational(float(t.flatten()[k]))) for t in (module.upper, module.lower))
-            pieces = [
-                (c, [*done[:-2], high, low])
-                for whole, done in pieces
-                for part, high in _smaller(whole, done[-2], top)
-                for c, low in _larger(part, done[-1], bottom)
-            ]
-    return [(c, done[0::2] + done[1::2]) for c, done in pieces]
+        return [
+            (w / _root(v + rational(eps)), b - m * w / _root(v + rational(eps)))
+            for m, v, w, b in zip(*map(rationals, given), strict=True)
+        ]
+
+    scales = walk.once(made)
+    each = len(value.forms) // len(scales)
+    forms = [[scales[k // each][0] * v for v in form] for k, form in enumerate(value.forms)]
+    for k, form in enumerate(forms):
+        form[0] += scales[k // each][1]
+    return walk.symbol(forms, value.shape)
+
+
+def _root(value: fmpq) -> fmpq:
+    if not (value.p.is_square() and value.q.is_square()):
+        raise NotImplementedError(f"the root of {value} is not rational")
+    return fmpq(value.p.isqrt(), value.q.isqrt())
+
+
+def _between(walk: Walk, value: Symbol, low: Any, high: Any) -> Symbol:
+    forms = value.forms
+    if low is not None:
+        forms = [walk.larger(f, g) for f, g in zip(forms, _operand(walk, low, value.shape), strict=True)]
+    if high is not None:
+        forms = [walk.smaller(f, g) for f, g in zip(forms, _operand(walk, high, value.shape), strict=True)]
+    return walk.symbol(forms, value.shape)
+
+
+def _bent(walk: Walk, value: Symbol, slopes: Any) -> Symbol:
+    """max(x, slope x)"""
+    slopes = _operand(walk, slopes, value.shape)
+    assert all(slope[0] <= 1 for slope in slopes)
+    forms = [walk.larger(form, [slope[0] * v for v in form]) for form, slope in zip(value.forms, slopes, strict=True)]
+    return walk.symbol(forms, value.shape)
+
+
+def _sorted(walk: Walk, value: Symbol, upper: Any = None, lower: Any = None) -> Symbol:
+    """Larger and smaller ones of pairs that the halves of the channels make, at most `upper` and at least `lower`."""
+    half = (1, value.shape[1] // 2, *value.shape[2:])
+    pairs = list(zip(value.forms[: math.prod(half)], value.forms[math.prod(half) :], strict=True))
+    high = walk.symbol([walk.larger(a, b) for a, b in pairs], half)
+    low = walk.symbol([walk.smaller(a, b) for a, b in pairs], half)
+    high, low = _between(walk, high, None, upper), _between(walk, low, lower, None)
+    return walk.symbol(high.forms + low.forms, value.shape)
+
+
+def _largest(walk: Walk, function: Any, value: Symbol, *args: Any, **kwargs: Any) -> Symbol:
+    """A window has the inputs of which a unit vector's 1 is its maximum."""
+
+    def made() -> tuple[list[list[int]], list[int]]:
+        images = _images(lambda x: function(x, *args, **kwargs), value)
+        return [column.nonzero()[:, 0].tolist() for column in images.flatten(1).T], [1, *images.shape[1:]]
+
+    windows, shape = walk.once(made)
+    forms = [reduce(walk.larger, [value.forms[k] for k in window]) for window in windows]
+    return walk.symbol(forms, shape)
+
+
+def _entries(entry: Callable[..., Any], *functions: Callable[..., Any]) -> dict[Callable[..., Any], Callable[..., Any]]:
+    return dict.fromkeys(functions, entry)
+
+
+# What each function makes of a value. In place makes another one, which is right where nothing reads the old one again.
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_entries(
+        _weighted,
+        *(F.linear, torch.conv1d, torch.conv2d, torch.conv3d),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    ),
+    **_entries(
+        _averaged,
+        *(torch.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.mean, Tensor.mean),
+        *(torch.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    ),
+    **_entries(
+        _moved,
+        *(torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view, Tensor.__getitem__),
+        *(torch.permute, Tensor.permute, torch.transpose, Tensor.transpose, torch.flip, Tensor.flip, Tensor.roll),
+        *(torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, torch.cat, torch.stack),
+        *(torch.chunk, Tensor.chunk, torch.split, Tensor.split, F.pad, F.interpolate, torch.pixel_shuffle),
+        *(Tensor.contiguous, Tensor.clone, F.dropout, F.dropout2d),
+    ),
+    **_entries(
+        _arithmetic(lambda p, q, alpha: [a + alpha * b for a, b in zip(p, q, strict=True)]),
+        *(torch.add, Tensor.add, Tensor.add_),
+    ),
+    **_entries(
+        _arithmetic(lambda p, q, alpha: [a - alpha * b for a, b in zip(p, q, strict=True)]),
+        *(torch.sub, Tensor.sub, Tensor.sub_),
+    ),
+    **_entries(
+        _arithmetic(lambda p, q, alpha: [b - alpha * a for a, b in zip(p, q, strict=True)]),
+        *(torch.rsub, Tensor.__rsub__),
+    ),
+    **_entries(_arithmetic(lambda p, q, _: _times(p, q)), torch.mul, Tensor.mul, Tensor.mul_),
+    **_entries(_arithmetic(lambda p, q, _: _times(p, [1 / q[0], *q[1:]])), torch.div, Tensor.div, Tensor.div_),
+    **_entries(_arithmetic(lambda p, *_: [-a for a in p]), torch.neg, Tensor.neg),
+    F.batch_norm: _batch_norm,
+    **_entries(lambda walk, _, x, inplace=False: _between(walk, x, 0, None), F.relu, torch.relu, Tensor.relu),
+    F.relu6: lambda walk, _, x, inplace=False: _between(walk, x, 0, 6),
+    F.hardtanh: lambda walk, _, x, min_val=-1, max_val=1, inplace=False: _between(walk, x, min_val, max_val),
+    **_entries(lambda walk, _, x, min=None, max=None: _between(walk, x, min, max), torch.clamp, Tensor.clamp),
+    clipped_relu: lambda walk, _, x, threshold: _between(walk, x, 0, threshold),
+    F.leaky_relu: lambda walk, _, x, negative_slope=0.01, inplace=False: _bent(walk, x, negative_slope),
+    torch.prelu: lambda walk, _, x, slopes: _bent(walk, x, slopes.view(-1, *[1] * (x.dim() - 2))),
+    **_entries(lambda walk, _, x: _bent(walk, x, -1), torch.abs, Tensor.abs),
+    maxmin: lambda walk, _, x: _sorted(walk, x),
+    clipped_maxmin: lambda walk, _, x, upper, lower: _sorted(walk, x, upper, lower),
+    **_entries(
+        _largest,
+        *(F.max_pool1d, F.max_pool2d, F.max_pool3d),
+        *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+    ),
+}
+
+
+# --- what is so on a slice --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Piece:
-    """One linear piece: its corners, and on it the features (last layer's input) and the logits as affine forms."""
+    """One linear piece: its corners, and on it all values on the way and the logits."""
 
     cell: Cell
-    features: fmpq_mat
-    logits: fmpq_mat
+    values: list[Symbol]
+    logits: Symbol
 
-    def at_corners(self, forms: fmpq_mat) -> fmpq_mat:
-        """(units, corners)"""
+    def form(self, place: tuple[int, int]) -> Form:
+        """Of a value's number; (-1, 0) is zero."""
+        value, number = place
+        return [fmpq(0)] * len(self.values[0].forms[0]) if value < 0 else self.values[value].forms[number]
+
+    def at_corners(self, forms: list[Form]) -> list[list[fmpq]]:
+        """(forms, corners)"""
         points = [[fmpq(1), *corner] for corner in self.cell]
-        return forms * fmpq_mat(points).transpose()
+        return (fmpq_mat(forms) * fmpq_mat(points).transpose()).tolist()
 
 
 class Exact:
     """A network on a segment or a disc around one input, cut into its linear pieces.
 
     Attributes:
-        clean: features at the input. pieces: list of Piece.
+        pieces: list of Piece.   clean, clean_logits: features and logits at the input.
     """
 
     def __init__(
-        self, model: nn.Sequential, x: Tensor, eps: float | fmpq, directions: Tensor | None = None, corners: int = 24
+        self,
+        model: nn.Module,
+        x: Tensor,
+        eps: float | fmpq,
+        directions: Tensor | None = None,
+        corners: int = 24,
+        features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """``x``: one sample, (*input). ``directions``: (1 or 2, *input), None for all of an input of that dimension.
 
         The slice is x + sum_k t_k directions_k with |t| <= eps; a disc is replaced by the polygon with that many
         corners on its edge. Directions are taken as stored and must not lengthen t.
+
+        features: of points (B, *input) in float64, (B, h): says which numbers are meant, of those that the model has
+            on the way. Nothing else is taken from it.
         """
         radius = eps if isinstance(eps, fmpq) else rational(float(eps))
         if directions is None:
@@ -367,44 +604,86 @@ class Exact:
         gram = axes.transpose() * axes
         slack = [[fmpq(i == j) - gram[i, j] for j in range(gram.ncols())] for i in range(gram.nrows())]
         assert all(slack[i][i] >= 0 for i in range(len(slack))) and fmpq_mat(slack).det() >= 0, "directions lengthen t"
-        self.dimension = axes.ncols()
+        self.dimension, self.sizes, self.features = axes.ncols(), x.shape, features
         cell = [[-radius], [radius]] if self.dimension == 1 else _polygon(radius, corners)
-        origin = rationals(x)
-        start = fmpq_mat([[origin[i], *(axes[i, k] for k in range(self.dimension))] for i in range(len(origin))])
-        layers = with_one_last_layer(layers_of(model, x.shape))
-        self.pieces = [Piece(*piece) for piece in _pieces(layers, cell, start)]
-        self.clean = evaluate(layers[:-1], origin)
-        self.clean_logits = evaluate(layers[-1:], self.clean)
+        start = [[value, *row] for value, row in zip(rationals(x), axes.tolist(), strict=True)]
+        walk = Walk(model, x.shape, x.dtype)
+        self.pieces = [Piece(*piece) for piece in walk.pieces(cell, start)]
+        [self.centre] = [Piece(*piece) for piece in walk.pieces([[]], [form[:1] for form in start])]
+        self.clean_logits = [form[0] for form in self.centre.logits.forms]
 
     def margin(self, label: int) -> fmpq:
         """The least of logit `label` minus the best other on the slice."""
-        least = []
-        for piece in self.pieces:
-            values = piece.at_corners(piece.logits)
-            others = [j for j in range(values.nrows()) if j != label]
-            least += [min(values[label, k] - values[j, k] for j in others) for k in range(values.ncols())]
-        return min(least)
+        return min(margin_of(logits, label) for logits in zip(*self.logit_values, strict=True))
 
+    @cached_property
+    def corners(self) -> Tensor:
+        """(N, *input) of all pieces, in float64."""
+        points = [floats(piece.at_corners(piece.values[0].forms)) for piece in self.pieces]
+        return torch.cat(points, 1).T.reshape(-1, *self.sizes)
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """Of each feature the number that agrees with it in all corners: the same function, as pieces are linear."""
+        assert self.features is not None, "nobody said which numbers are features"
+        named = [(-1, 0), *((i, k) for i, value in enumerate(self.centre.values) for k in range(len(value.forms)))]
+        own = []
+        for piece in self.pieces:
+            forms = torch.cat([torch.zeros(1, 1 + self.dimension), *(value.floats for value in piece.values)])
+            own.append(forms @ floats([[fmpq(1), *corner] for corner in piece.cell]).T)
+        with torch.no_grad():
+            wanted = self.features(self.corners).T
+        nearest = torch.cdist(wanted, torch.cat(own, 1), p=math.inf).min(1)
+        assert (nearest.values <= 1e-9 * (1 + wanted.abs().amax(1))).all(), "a feature is no number of the model"
+        return [named[k] for k in nearest.indices.tolist()]
+
+    @cached_property
+    def clean(self) -> list[fmpq]:
+        return [self.centre.form(place)[0] for place in self.places]
+
+    @cached_property
+    def feature_values(self) -> list[list[fmpq]]:
+        """(features, corners of all pieces)"""
+        return self._together(piece.at_corners([piece.form(at) for at in self.places]) for piece in self.pieces)
+
+    @staticmethod
+    def _together(parts: Iterable[list[list[fmpq]]]) -> list[list[fmpq]]:
+        return [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)]
+
+    @cached_property
+    def constant(self) -> list[Tensor]:
+        """Of each value, which numbers (*sizes) are the same on all the slice."""
+        pieces = [[value.floats[:, 1:] == 0 for value in piece.values] for piece in self.pieces]
+        together = [torch.stack(parts).all(2).all(0) for parts in zip(*pieces, strict=True)]
+        return [flat.view(value.shape[1:]) for flat, value in zip(together, self.centre.values, strict=True)]
+
+    def has_constant(self, chosen: Tensor) -> bool:
+        """Whether some value of that shape has constants wherever `chosen` is True."""
+        return any(bool(flat[chosen].all()) for flat in self.constant if flat.shape == chosen.shape)
+
+    @cached_property
+    def logit_values(self) -> list[list[fmpq]]:
+        """(logits, corners of all pieces)"""
+        return self._together(piece.at_corners(piece.logits.forms) for piece in self.pieces)
+
+    @cached_property
     def feature_range(self) -> tuple[list[fmpq], list[fmpq]]:
         """The least and the largest value of every feature."""
-        columns = [piece.at_corners(piece.features).tolist() for piece in self.pieces]
-        units = [[value for values in columns for value in values[i]] for i in range(len(columns[0]))]
-        return [min(values) for values in units], [max(values) for values in units]
+        return [min(values) for values in self.feature_values], [max(values) for values in self.feature_values]
 
+    @cached_property
     def moved_squared(self) -> fmpq:
         """The largest squared distance of the features from the clean ones."""
-        moved = []
-        for piece in self.pieces:
-            values = piece.at_corners(piece.features)
-            for k in range(values.ncols()):
-                moved.append(sum((values[i, k] - c) ** 2 for i, c in enumerate(self.clean)))
-        return max(moved)
+        points = zip(*self.feature_values, strict=True)
+        return max(sum((v - c) ** 2 for v, c in zip(point, self.clean, strict=True)) for point in points)
 
+    @cached_property
     def stretch_squared(self) -> arb:
         """The largest squared norm of a piece's Jacobian (features by slice coordinates), from below."""
         best = arb(0)
         for piece in self.pieces:
-            slopes = [[piece.features[i, k + 1] for i in range(piece.features.nrows())] for k in range(self.dimension)]
+            forms = [piece.form(place) for place in self.places]
+            slopes = [[form[k + 1] for form in forms] for k in range(self.dimension)]
             gram = [[sum(a * b for a, b in zip(p, q, strict=True)) for q in slopes] for p in slopes]
             if self.dimension == 1:
                 top = arb(gram[0][0])
@@ -415,15 +694,6 @@ class Exact:
         return best
 
 
-def with_one_last_layer(layers: Sequence[Layer]) -> list[Layer]:
-    """Affine layers at the end as the one that they are: features are what an activation, or nothing, returns."""
-    *rest, last = layers
-    while rest and isinstance(rest[-1], Affine) and isinstance(last, Affine):
-        first = rest.pop()
-        last = Affine(last.matrix * first.matrix, last.matrix * first.bias + last.bias)
-    return [*rest, last]
-
-
 def _polygon(radius: fmpq, corners: int) -> Cell:
     """Rational points of the circle, in order: ((1 - t^2), 2 t) / (1 + t^2) with t the tangent of half the angle."""
     angles = np.pi * (2 * np.arange(corners) + 1 - corners) / corners
@@ -431,32 +701,25 @@ def _polygon(radius: fmpq, corners: int) -> Cell:
     return [[radius * (1 - t * t) / (1 + t * t), radius * 2 * t / (1 + t * t)] for t in tangents]
 
 
-def _pieces(layers: Sequence[Layer], cell: Cell, forms: fmpq_mat) -> Iterator[tuple[Cell, fmpq_mat, fmpq_mat]]:
-    layer, *rest = layers
-    if isinstance(layer, Affine):
-        image = layer.matrix * forms
-        for i in range(image.nrows()):
-            image[i, 0] += layer.bias[i, 0]
-        if rest:
-            yield from _pieces(rest, cell, image)
-        else:
-            yield cell, forms, image
-    else:
-        for part, outputs in _outputs(layer, forms.tolist(), cell):
-            yield from _pieces(rest, part, fmpq_mat(outputs))
+def evaluate(model: Callable[[Tensor], Tensor], point: Tensor) -> list[fmpq]:
+    """What the model makes of one sample, (*input), exactly."""
+    [(_, _, result)] = Walk(model, point.shape, point.dtype).pieces([[]], [[value] for value in rationals(point)])
+    return [form[0] for form in result.forms]
 
 
-def evaluate(layers: Sequence[Layer], point: Sequence[fmpq]) -> list[fmpq]:
-    """What the layers make of one flattened input, exactly."""
-    value = list(point)
-    for layer in layers:
-        if isinstance(layer, Affine):
-            value = [row[0] for row in (layer.matrix * fmpq_mat(len(value), 1, value) + layer.bias).tolist()]
-        else:
-            # on the cell that is one point nothing is cut
-            [(_, outputs)] = _outputs(layer, [[v] for v in value], [[]])
-            value = [form[0] for form in outputs]
-    return value
+class Affine(NamedTuple):
+    """x -> A x + b on flattened samples: A (m, n), b m numbers."""
+
+    matrix: fmpq_mat
+    bias: list[fmpq]
+
+
+def affine(model: Callable[[Tensor], Tensor], sizes: Sequence[int], dtype: torch.dtype = torch.float64) -> Affine:
+    """Of a model that compares nothing: its form in all coordinates of the input."""
+    count = math.prod(sizes)
+    units = [[fmpq(0), *(fmpq(i == j) for j in range(count))] for i in range(count)]
+    [(_, _, result)] = Walk(model, sizes, dtype).pieces([], units)
+    return Affine(fmpq_mat([form[1:] for form in result.forms]), [form[0] for form in result.forms])
 
 
 def margin_of(logits: Sequence[fmpq], label: int) -> fmpq:

@@ -12,7 +12,7 @@ from helpers import generator
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from locallip_cuda.nn import MaxMin
+from locallip_cuda.nn import ClippedMaxMin, ClippedReLU, MaxMin, maxmin
 
 
 class VGG(nn.Module):
@@ -206,11 +206,131 @@ CASES = {
 }  # fmt: skip
 
 
-def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
+class Written(nn.Module):
+    """Parts, and a program of them."""
+
+    def __init__(self, program: Callable[..., Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.program, self.parts = program, nn.ModuleDict(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.program(x, **self.parts)
+
+
+def _residual(x: Tensor, a: nn.Module, b: nn.Module, head: nn.Module) -> Tensor:
+    h = F.relu(a(x))
+    return head(F.relu(0.8 * h + b(h) - 0.1))
+
+
+def _two_skips(x: Tensor, a: nn.Module, b: nn.Module, c: nn.Module, head: nn.Module) -> Tensor:
+    """Sums that no activation closes, read by two functions or by the last layer."""
+    h = a(x)
+    h = h + b(F.relu(h))
+    return head(h - torch.abs(c(h)) / 3)
+
+
+def _past_everything(x: Tensor, a: nn.Module, b: nn.Module, head: nn.Module) -> Tensor:
+    return head(F.leaky_relu(b(F.relu(a(x))), 0.2)) + torch.cat([x, 1 - x[:, :1]], 1)
+
+
+def _dense(x: Tensor, a: nn.Module, b: nn.Module, act: nn.Module, head: nn.Module) -> Tensor:
+    h = torch.cat([x, F.relu(a(x))], 1)
+    return head(torch.cat([h, act(b(h)), 0.5 * h[:, 1:3]], 1))
+
+
+def _pooled(x: Tensor, a: nn.Module, b: nn.Module, head: nn.Module) -> Tensor:
+    """Windows that overlap, and a pool that is one branch of a sum."""
+    h = a(x).view(-1, 2, 4)
+    h = F.max_pool1d(h, 3, 1, 1) - F.avg_pool1d(h, 3, 1, 1)
+    return head(F.max_pool1d(b(h), 2).flatten(1))
+
+
+def _liresnet(x: Tensor, a: nn.Module, b: nn.Module, c: nn.Module, head: nn.Module) -> Tensor:
+    h = maxmin(a(x).view(-1, 2, 2, 2))
+    for conv in (b, c):
+        h = maxmin(h + conv(h))
+    weight = head.weight / head.weight.norm(dim=1, keepdim=True)  # type: ignore[operator, union-attr]
+    return F.linear(h.flatten(1), weight, head.bias)  # type: ignore[arg-type]
+
+
+def _tied(x: Tensor, a: nn.Module, b: nn.Module, head: nn.Module) -> Tensor:
+    x = F.relu(a(x))
+    for _ in range(2):
+        x = F.relu(b(x)) - 0.5 * x
+    return head(x)
+
+
+def _normalised(x: Tensor, a: nn.Module, block: nn.Module, head: nn.Module) -> Tensor:
+    return head(block(a(x).view(-1, 2, 2, 2)).mean((2, 3)))
+
+
+def _moved(x: Tensor, a: nn.Module, up: nn.Module, round_: nn.Module, head: nn.Module) -> Tensor:
+    h = up(F.relu(a(x).view(-1, 2, 1, 2)))  # (1, 2, 4)
+    first, second = round_(h).chunk(2, 1)
+    h = F.hardtanh(first.transpose(2, 3).reshape(h.shape) + second.flip(3), -0.4, 0.5)
+    return head((h + F.interpolate(h[..., ::2], scale_factor=(1.0, 2.0))).permute(0, 2, 3, 1).flatten(1))
+
+
+def _clipped(x: Tensor, a: nn.Module, b: nn.Module, relu: nn.Module, act: nn.Module, head: nn.Module) -> Tensor:
+    h = relu(a(x))
+    return head(act(h + b(h)))
+
+
+# piecewise linear, of two inputs: cut in less than a second
+PROGRAMS: dict[str, Callable[[], nn.Module]] = {
+    "residual": lambda: Written(_residual, a=nn.Linear(2, 6), b=nn.Linear(6, 6), head=nn.Linear(6, 3)),
+    "two skips": lambda: Written(
+        _two_skips, a=nn.Linear(2, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 5), head=nn.Linear(5, 3)
+    ),
+    "past everything": lambda: Written(_past_everything, a=nn.Linear(2, 6), b=nn.Linear(6, 4), head=nn.Linear(4, 3)),
+    "dense": lambda: Written(_dense, a=nn.Linear(2, 5), b=nn.Linear(7, 4), act=MaxMin(), head=nn.Linear(13, 3)),
+    "pooled": lambda: Written(_pooled, a=nn.Linear(2, 8), b=nn.Conv1d(2, 2, 3, padding=1), head=nn.Linear(4, 3)),
+    "windows": lambda: Written(
+        lambda x, a, head: head(F.max_pool1d(a(x).unsqueeze(1), 3, 1, 1).squeeze(1)),
+        a=nn.Linear(2, 5), head=nn.Linear(5, 3),
+    ),
+    "liresnet": lambda: Written(
+        _liresnet, a=nn.Linear(2, 8), b=nn.Conv2d(2, 2, 3, padding=1), c=nn.Conv2d(2, 2, 3, padding=1),
+        head=nn.Linear(8, 3),
+    ),
+    "tied": lambda: Written(_tied, a=nn.Linear(2, 5), b=nn.Linear(5, 5), head=nn.Linear(5, 3)),
+    "normalised": lambda: Written(
+        _normalised, a=nn.Linear(2, 8), block=nn.Sequential(BasicBlock(2, 2, 1), BasicBlock(2, 3, 2)),
+        head=nn.Linear(3, 3),
+    ),
+    "moved": lambda: Written(
+        _moved, a=nn.Linear(2, 4), up=nn.ConvTranspose2d(2, 1, 2, stride=2),
+        round_=nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), head=nn.Linear(8, 3),
+    ),
+    "clipped": lambda: Written(
+        _clipped, a=nn.Linear(2, 6), b=nn.Linear(6, 6), relu=ClippedReLU(6, 0.5), act=ClippedMaxMin(3, 0.4, -0.1),
+        head=nn.Linear(6, 3),
+    ),
+    "ends in an activation": lambda: nn.Sequential(nn.Linear(2, 7), nn.ReLU(), nn.Linear(7, 3), nn.PReLU(3)),
+    "one output": lambda: Written(
+        lambda x, a, b, head: head(F.relu6(a(x)) + b(x)), a=nn.Linear(2, 7), b=nn.Linear(2, 7), head=nn.Linear(7, 1)
+    ),
+}  # fmt: skip
+SMALL = {name: Case(made, (2,)) for name, made in PROGRAMS.items()}
+
+
+def with_rational_roots(model: nn.Module) -> nn.Module:
+    """Each variance near to what it was, and with `eps` the square of a multiple of 1/64."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            variance = module.running_var
+            assert variance is not None
+            roots = (variance.sqrt() * 64).round().clamp_min(2) / 64
+            module.eps = 2.0**-12
+            variance.copy_(roots.square() - module.eps)
+    return model
+
+
+def build(name: str, seed: int = 0, of: dict[str, Case] = CASES) -> tuple[nn.Module, Tensor]:
     """A network in float64 and eval mode, with statistics and biases that are not all alike, and six inputs."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = CASES[name].build().double()
+        model = of[name].build().double()
     g = generator(seed)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.bias is None:
@@ -223,4 +343,4 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
             with torch.no_grad():
                 module.weight.copy_(torch.rand(module.weight.shape, generator=g) + 0.3)
                 module.bias.copy_(torch.randn(module.bias.shape, generator=g) * 0.1 + 0.3)
-    return model.eval(), torch.rand(6, *CASES[name].sizes, generator=g, dtype=torch.float64)
+    return model.eval(), torch.rand(6, *of[name].sizes, generator=g, dtype=torch.float64)

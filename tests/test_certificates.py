@@ -9,7 +9,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +18,11 @@ import torch
 from exact import (
     PIECEWISE_LINEAR,
     Exact,
+    affine,
     evaluate,
     float_of,
+    floats,
     inside_ball,
-    layers_of,
     margin_of,
     operator_matrix,
     operator_norm,
@@ -32,6 +33,13 @@ from exact import (
 )
 from flint import arb
 from helpers import DEVICES, ZOO, generator, zoo_input
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import SMALL, build, with_rational_roots
+from test_networks import briefly_trained
+from test_networks import trained as trained_network
+from test_random_graphs import ACTIVATIONS, SIDE, RandomGraph, graphs
+from test_soundness import features_of
 from torch import Tensor, nn
 from verify_norms import (
     DENSE,
@@ -356,7 +364,7 @@ BROKEN: dict[str, tuple[Callable[[], Victim], Certifier]] = {
 
 def falls(model: nn.Sequential, point: Tensor, x: Tensor, eps: float, label: int) -> bool:
     """Whether a point (1, *) is in the ball and not of class `label`: a proof, in rationals."""
-    logits = evaluate(layers_of(model, x.shape[1:]), rationals(point))
+    logits = evaluate(model, point[0])
     return inside_ball(point, x, eps) and bool(margin_of(logits, label) <= 0)
 
 
@@ -378,27 +386,51 @@ def test_unsound_certificates_are_broken_and_proofs_hold(name: str) -> None:
 # --- small networks, exactly ------------------------------------------------------------------------------------------
 
 
+def exactly(model: nn.Module, x: Tensor, eps: float, directions: Tensor | None = None) -> Exact:
+    """Of what the bounds call features: the package names them, and computes none of what it is judged by."""
+    return Exact(model, x, eps, directions, features=partial(features_of, copy.deepcopy(model).double()))
+
+
 def wrong_statements(exact: Exact, bounds: Any, b: int = 0) -> list[str]:
-    """What sample b of the bounds says that is not so. Comparisons are of rationals, without a tolerance."""
+    """What sample b of the bounds says that is not so. Comparisons are of rationals, without a tolerance, but for the
+    last one: that the last weights make the logits of the features, so that none of these is left out."""
     wrong = []
     logits, features = bounds.logits[b].tolist(), bounds.features[b].tolist()
-    for label in range(len(logits)):
+    for label in range(len(logits) if len(logits) > 1 else 0):
         margin = float(bounds.margin(torch.full((len(bounds.logits),), label))[b])
         if math.isnan(margin) or (margin > -math.inf and rational(margin) > exact.margin(label)):
             wrong.append(f"margin of class {label}: {margin}, want at most {float_of(exact.margin(label))}")
-    if math.isfinite(float(bounds.radius[b])) and rational(float(bounds.radius[b])) ** 2 < exact.moved_squared():
-        wrong.append(f"radius {float(bounds.radius[b])}, want at least {float_of(exact.moved_squared()) ** 0.5}")
-    stretch = exact.stretch_squared()
+    if math.isfinite(float(bounds.radius[b])) and rational(float(bounds.radius[b])) ** 2 < exact.moved_squared:
+        wrong.append(f"radius {float(bounds.radius[b])}, want at least {float_of(exact.moved_squared) ** 0.5}")
+    stretch = exact.stretch_squared
     if math.isfinite(float(bounds.lipschitz[b])) and not arb(float(bounds.lipschitz[b])) ** 2 >= stretch:
         wrong.append(f"lipschitz {float(bounds.lipschitz[b])}, want at least {float(stretch) ** 0.5}")
-    low, high = exact.feature_range()
+    low, high = exact.feature_range
     for k in range(len(features)):
         least, most = float(bounds.lower[b, k]), float(bounds.upper[b, k])
         if not (least == -math.inf or rational(least) <= low[k]) or not (most == math.inf or rational(most) >= high[k]):
             wrong.append(f"feature {k}: [{least}, {most}], want [{float_of(low[k])}, {float_of(high[k])}]")
-    if bounds.column_masks:
-        constant = (~bounds.column_masks[-1][b]).flatten().nonzero()[:, 0].tolist()
-        wrong += [f"feature {k} is constant" for k in constant if low[k] != high[k]]
+    for layer in bounds.layers:
+        if not exact.has_constant(~layer.column_mask[b]):
+            wrong.append(f"constant outputs of {layer.path!r}: {int((~layer.column_mask[b]).sum())}, which are not")
+    true = floats(exact.logit_values)
+    rest = true - bounds.last_weight.detach().double() @ floats(exact.feature_values)
+    if not (rest - rest[:, :1]).abs().max() <= 1e-9 * (1 + true.abs().max()):
+        wrong.append("the last weights make something else of the features than the logits")
+    return wrong + wrong_clean_values(exact, bounds, b)
+
+
+def wrong_clean_values(exact: Exact, bounds: Any, b: int) -> list[str]:
+    """Of what proofs say at the input itself."""
+    wrong = []
+    if isinstance(bounds, ll.bounds.ProvedBounds):
+        for kind, values, errors, true in (
+            ("logit", bounds.logits[b], bounds.logit_error[b], exact.clean_logits),
+            ("clean feature", bounds.features[b], bounds.feature_error[b], exact.clean),
+        ):
+            for k, (value, error) in enumerate(zip(values.tolist(), errors.tolist(), strict=True)):
+                if not (error == math.inf or abs(rational(value) - true[k]) <= rational(error)):
+                    wrong.append(f"{kind} {k}: {value} up to {error}, want {float_of(true[k])}")
     return wrong
 
 
@@ -411,7 +443,7 @@ def plane_problem(name: str, seed: int, inputs: int, dtype: torch.dtype) -> tupl
     """A network, as many copies of one input as there are radii, and what is exactly so in each of the balls."""
     model = plane_network(name, seed, inputs, dtype)
     x = torch.rand(inputs, generator=generator(seed), dtype=torch.float64).to(dtype)
-    return model, x.expand(len(PLANE_EPS), -1), [Exact(model, x, eps) for eps in PLANE_EPS]
+    return model, x.expand(len(PLANE_EPS), -1), [exactly(model, x, eps) for eps in PLANE_EPS]
 
 
 @every_proof
@@ -451,18 +483,23 @@ def test_the_judge_finds_what_is_wrong(guarantee: str) -> None:
     bounds = ll.local_bounds(model, x, EPS, guarantee=guarantee)
     bounds.lipschitz = 0.99 * bounds.lipschitz
     bounds.layers[-1].column_mask = torch.zeros_like(bounds.column_masks[-1])
-    assert [text.split()[0] for text in wrong_statements(exact, bounds)] == ["lipschitz", "feature"]
+    assert [text.split()[0] for text in wrong_statements(exact, bounds)] == ["lipschitz", "constant"]
+
+
+def on_a_line(model: nn.Module, x: Tensor, eps: float) -> Exact:
+    """What is exactly so on the line from an input in a direction that lowers the margin."""
+    logits = model(x)
+    point = attack.pgd(model, x, logits.argmax(1), eps, steps=20, generator=generator(0)) if logits.shape[1] > 1 else x
+    direction = (point - x).double()
+    if not direction.any():  # nothing in the ball is worse than the input
+        direction = normal(0, *x.shape)
+    return exactly(model, x[0], eps, SLACK * direction / direction.norm())
 
 
 @cache
 def line_problem(name: str, eps: float) -> tuple[nn.Sequential, Tensor, Exact]:
-    """A network, an input, and what is exactly so on the line from there in a direction that lowers the margin."""
     model, x = copy.deepcopy(ZOO[name][0]).requires_grad_(False), zoo_input(name, 1, seed=1)
-    point = attack.pgd(model, x, model(x).argmax(1), eps, steps=20, generator=generator(0))
-    direction = (point - x).double()
-    if not direction.any():  # nothing in the ball is worse than the input
-        direction = normal(0, *x.shape)
-    return model, x, Exact(model, x[0], eps, SLACK * direction / direction.norm())
+    return model, x, on_a_line(model, x, eps)
 
 
 @every_proof
@@ -484,7 +521,83 @@ def test_every_module_on_a_line(name: str, guarantee: str) -> None:
         for radius in RADII:
             bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
             assert wrong_statements(exact, bounds) == []
-    assert exact.moved_squared() > 0, "nothing happens in the larger ball"
+    assert exact.moved_squared > 0, "nothing happens in the larger ball"
+
+
+GRAPH_EPS = [0.05, 0.4, 1.5]
+
+
+@cache
+def graph_problem(name: str, state: str, seed: int) -> tuple[nn.Module, Tensor, list[Exact]]:
+    """A network of SMALL, random or briefly trained, as `plane_problem` has it."""
+    model, x = build(name, seed, of=SMALL)
+    if state == "trained":
+        briefly_trained(model, x, steps=12)
+    with_rational_roots(model).requires_grad_(False)
+    return model, x[:1].expand(len(GRAPH_EPS), -1), [exactly(model, x[0], eps) for eps in GRAPH_EPS]
+
+
+@every_proof
+@pytest.mark.parametrize("state", ["random", "trained"])
+@pytest.mark.parametrize("name", SMALL)
+def test_every_statement_about_graphs(name: str, state: str, guarantee: str) -> None:
+    """Skips, concatenations, pools, tied and normalised layers, in all of a ball."""
+    for seed in range(2):
+        model, x, exact = graph_problem(name, state, seed)
+        eps = torch.tensor(GRAPH_EPS, dtype=torch.float64)
+        for radius in RADII:
+            bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
+            for b in range(len(x)):
+                assert wrong_statements(exact[b], bounds, b) == []
+        assert exact[-1].moved_squared > 0, "nothing happens in the largest ball"
+
+
+@every_proof
+def test_the_judge_finds_what_is_wrong_with_a_graph(guarantee: str) -> None:
+    """Bounds of a ball half as large, and bounds of which a part is changed."""
+    model, x, exact = graph_problem("dense", "trained", 0)
+    bounds = ll.local_bounds(model, x, 0.5 * torch.tensor(GRAPH_EPS).double(), guarantee=guarantee)
+    assert {text.split()[0] for text in wrong_statements(exact[0], bounds)} == {"margin", "radius", "feature"}
+    bounds = ll.local_bounds(model, x, torch.tensor(GRAPH_EPS).double(), guarantee=guarantee)
+    bounds.lipschitz = 0.9 * bounds.lipschitz
+    bounds.logit_error = 0 * bounds.logit_error
+    bounds.last[0].weight = 1.01 * bounds.last[0].weight
+    assert {text.split()[0] for text in wrong_statements(exact[0], bounds)} >= {"lipschitz", "logit", "the"}
+
+
+# networks of networks.py that are piecewise linear, with radii at which something happens
+CUT = {"vgg": 0.5, "densenet": 0.5, "liresnet": 0.3, "circular": 0.5, "ends in an activation": 0.5, "one output": 0.5}
+
+
+@cache
+def network_problem(name: str, state: str) -> tuple[nn.Module, Tensor, Exact]:
+    model, x = build(name) if state == "random" else trained_network(name)
+    with_rational_roots(model).requires_grad_(False)
+    return model, x[:1], on_a_line(model, x[:1], CUT[name])
+
+
+@every_proof
+@pytest.mark.parametrize("state", ["random", "trained"])
+@pytest.mark.parametrize("name", CUT)
+def test_networks_on_a_line(name: str, state: str, guarantee: str) -> None:
+    model, x, exact = network_problem(name, state)
+    for radius in RADII:
+        bounds = ll.local_bounds(model, x, CUT[name], radius=radius, guarantee=guarantee)
+        assert wrong_statements(exact, bounds) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    graphs(sorted({*ACTIVATIONS} - {"gelu", "tanh"})), st.integers(0, 99), st.sampled_from([0.05, 1.0]),
+    st.sampled_from(RADII), st.sampled_from(PROOFS),
+)  # fmt: skip
+def test_random_graphs_on_a_line(
+    steps: list[tuple[object, ...]], seed: int, eps: float, radius: Literal["local", "global"], guarantee: str
+) -> None:
+    model = RandomGraph(steps, seed).eval().requires_grad_(False)
+    x = torch.rand(1, 2, SIDE, SIDE, generator=generator(seed), dtype=torch.float64)
+    bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
+    assert wrong_statements(on_a_line(model, x, eps), bounds) == []
 
 
 @every_proof
@@ -538,8 +651,8 @@ def chain_problems(name: str, dtype: torch.dtype, count: int = 12) -> list[tuple
         if len(alive) == count:
             return alive
         model, x = chain(name, seed, dtype)
-        exact = Exact(model, x[0], EPS)
-        if exact.moved_squared() > 0:
+        exact = exactly(model, x[0], EPS)
+        if exact.moved_squared > 0:
             alive.append((model, x, exact))
     raise AssertionError
 
@@ -589,7 +702,7 @@ def test_smooth_activations_in_ball_arithmetic(name: str, guarantee: str) -> Non
                 layers.append(None)
             elif not isinstance(module, nn.Flatten):
                 sizes = (1,) if isinstance(module, nn.Linear) else (1, 1, 1)
-                layers.append(layers_of(nn.Sequential(module).to(torch.float64), sizes)[0])
+                layers.append(affine(module, sizes))
         ends = []
         for end in (rationals(x)[0] - rational(EPS), rationals(x)[0] + rational(EPS)):
             values = [arb(end)]
@@ -597,9 +710,7 @@ def test_smooth_activations_in_ball_arithmetic(name: str, guarantee: str) -> Non
                 if layer is None:
                     values = [by_balls(name, v) for v in values]
                 else:
-                    values = [
-                        arb(layer.matrix[i, 0]) * values[0] + arb(layer.bias[i, 0]) for i in range(layer.bias.nrows())
-                    ]
+                    values = [arb(layer.matrix[i, 0]) * values[0] + arb(bias) for i, bias in enumerate(layer.bias)]
             ends.append(values)
         bounds = ll.local_bounds(model, x, EPS, guarantee=guarantee)
         for label in range(3):
@@ -615,8 +726,7 @@ def test_a_linear_network_s_margin_is_its_distance(dtype: torch.dtype, guarantee
     for seed in range(20):
         model = set_all(nn.Sequential(nn.Linear(30, 3, bias=False)).to(dtype), generator(seed))
         x = normal(seed, 1, 30).to(dtype) * (seed % 2)  # at 0 the logits are exact, and hide no error of the distance
-        layers = layers_of(model, (30,))
-        logits, weight = evaluate(layers, rationals(x)), layers[0].matrix
+        logits, weight = evaluate(model, x[0]), affine(model, (30,)).matrix
         bounds = ll.local_bounds(model, x, EPS, guarantee=guarantee)
         for label in range(3):
             claim = float(bounds.margin(torch.tensor([label])))
@@ -684,7 +794,7 @@ def test_masks_on_their_boundary(radius: Literal["local", "global"], guarantee: 
             model[0].weight[:] = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]).double()[:, None]
             model[0].bias[:] = biases.double()
             bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
-            assert wrong_statements(Exact(model, x[0], eps), bounds) == []
+            assert wrong_statements(exactly(model, x[0], eps), bounds) == []
 
 
 def test_logits_that_rounding_puts_in_the_wrong_order() -> None:
@@ -696,7 +806,7 @@ def test_logits_that_rounding_puts_in_the_wrong_order() -> None:
         x = torch.rand(1, 8, generator=generator(seed))
         logits = model(x)[0]
         model[2].bias[1] += logits[0] - logits[1] + 1e-6 * (seed % 5 - 2)
-        exact = evaluate(layers_of(model, (8,)), rationals(x))
+        exact = evaluate(model, x[0])
         estimate = ll.certify(model, x, 0.0, guarantee="estimate")
         deceived += bool(estimate.certified) and bool(margin_of(exact, int(estimate.prediction)) <= 0)
         for guarantee in PROOFS:

@@ -25,10 +25,14 @@ def objective(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     return ll.losses.robust_cross_entropy(b, y) + 0.1 * b.radius.mean() + 0.1 * b.sparsity_loss
 
 
-def trained(name: str, steps: int = 8) -> tuple[nn.Module, Tensor]:
-    """A few steps on six inputs, for their bounds."""
+def trained(name: str) -> tuple[nn.Module, Tensor]:
     model, x = build(name)
-    y = torch.arange(len(x)) % 4
+    return briefly_trained(model, x), x
+
+
+def briefly_trained(model: nn.Module, x: Tensor, steps: int = 8) -> nn.Module:
+    """A few steps on a few inputs, for their bounds."""
+    y = torch.arange(len(x)) % model(x).shape[1]
     optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(steps):
         optimiser.zero_grad()
@@ -38,7 +42,7 @@ def trained(name: str, steps: int = 8) -> tuple[nn.Module, Tensor]:
     for module in model.modules():
         if isinstance(module, nn.PReLU):  # slopes that training took out of [0, 1] have no bound
             module.weight.data.clamp_(0, 1)
-    return model, x
+    return model
 
 
 @every_network

@@ -83,19 +83,17 @@ class RandomGraph(nn.Module):
         return self.head(sum(values[-3:]).flatten(1))  # type: ignore[union-attr]
 
 
-numbers = st.integers(0, 6)
-graphs = st.lists(
-    st.one_of(
+def graphs(activations: list[str]) -> st.SearchStrategy[list[tuple[object, ...]]]:
+    numbers = st.integers(0, 6)
+    steps = st.one_of(
         st.tuples(st.just("conv"), numbers, st.sampled_from([1, 3]), st.sampled_from([1, 2])),
-        st.tuples(st.just("act"), numbers, st.sampled_from(sorted(ACTIVATIONS))),
+        st.tuples(st.just("act"), numbers, st.sampled_from(activations)),
         st.tuples(st.just("act"), numbers, st.just("relu")),
         st.tuples(st.just("move"), numbers, st.sampled_from(sorted(MOVES))),
         st.tuples(st.just("sum"), numbers, numbers, st.booleans()),
         st.tuples(st.just("cat"), numbers, numbers),
-    ),
-    min_size=2,
-    max_size=7,
-)
+    )
+    return st.lists(steps, min_size=2, max_size=7)
 
 
 def points(x: Tensor, eps: float, count: int, seed: int) -> list[Tensor]:
@@ -109,7 +107,9 @@ def points(x: Tensor, eps: float, count: int, seed: int) -> list[Tensor]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(graphs, st.integers(0, 99), st.sampled_from([0.02, 0.3]), st.sampled_from(["local", "global"]))
+@given(
+    graphs(sorted(ACTIVATIONS)), st.integers(0, 99), st.sampled_from([0.02, 0.3]), st.sampled_from(["local", "global"])
+)
 def test_random_graphs(steps: list[tuple[object, ...]], seed: int, eps: float, radius: str) -> None:
     model = RandomGraph(steps, seed).eval().requires_grad_(False)
     x = torch.rand(3, 2, SIDE, SIDE, generator=generator(seed), dtype=torch.float64)
