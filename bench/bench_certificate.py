@@ -28,8 +28,9 @@ from tqdm import tqdm
 from bench import networks, paper_method
 from bench.support import DEVICE, synchronize
 from locallip_cuda import LocalBounds, local_bounds
-from locallip_cuda.experiments import data, models, report, training
+from locallip_cuda.experiments import data, models, report
 from locallip_cuda.experiments.data import Dataset
+from locallip_cuda.experiments.network import load_model
 from locallip_cuda.norms.linear import Convolution
 from locallip_cuda.norms.masked_norm import ESTIMATE_ITERATIONS
 from locallip_cuda.propagation.estimate import Estimate
@@ -103,8 +104,8 @@ class Layer:
 def problem(checkpoint: Path | None, data_root: Path | None, samples: int) -> Problem:
     """The network of a checkpoint (a file or the folder of a run) with its test set, or one of `bench.networks`."""
     if checkpoint is not None:
-        path = checkpoint / training.CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
-        model, recipe, config = training.load_model(path)
+        path = checkpoint / checkpoint.CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
+        model, recipe, config = load_model(path)
         dataset = data.load(models.spec(recipe.preset).data, data_root, train=False)
         eps = recipe.eps
         epochs, digest = config["position"]["epoch"], report.digest(path)[:12]

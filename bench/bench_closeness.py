@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from bench import networks, step
 from bench.support import DEVICE, interleaved, measure
 from locallip_cuda import LocalBounds, local_bounds
-from locallip_cuda.experiments.training import certified_loss
+from locallip_cuda.experiments.objective import certified_loss
 
 CHECKED = 16
 CASES = {name: ("ours", "fixed") for name in networks.RECIPES}

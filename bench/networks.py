@@ -21,7 +21,7 @@ from bench import paper_method
 from bench.support import DEVICE
 from locallip_cuda import TrainingNorms, local_bounds
 from locallip_cuda.experiments import models
-from locallip_cuda.experiments.training import certified_loss
+from locallip_cuda.experiments.objective import certified_loss
 from locallip_cuda.nn import project_thresholds_
 
 CACHE = Path(__file__).parent / ".cache"

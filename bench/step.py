@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bench import networks, paper_method
 from bench.support import DEVICE
 from locallip_cuda import LocalBounds, local_bounds
-from locallip_cuda.experiments.training import certified_loss
+from locallip_cuda.experiments.objective import certified_loss
 
 VARIANTS = ("ours", "ours-fewer", "paper", "paper-lean", "plain")
 

@@ -29,8 +29,9 @@ from bench import (
 )
 from bench.bench_certificate import Cost
 from locallip_cuda import ops
-from locallip_cuda.experiments import checkpoint, models, training
+from locallip_cuda.experiments import checkpoint, models
 from locallip_cuda.experiments import recipes as presets
+from locallip_cuda.experiments.network import build_model
 
 CASE = "cifar10-6c2f"
 
@@ -143,9 +144,9 @@ def test_certificates_are_timed_by_layer_on_samples_classified_correctly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     digits = presets.recipe("digits")
-    state = {f"model/{name}": t for name, t in training.build_model(digits).state_dict().items()}
+    state = {f"model/{name}": t for name, t in build_model(digits).state_dict().items()}
     checkpoint.save(
-        tmp_path / training.CHECKPOINT_NAME, state, {"recipe": digits.to_dict(), "position": {"epoch": 0, "step": 0}}
+        tmp_path / checkpoint.CHECKPOINT_NAME, state, {"recipe": digits.to_dict(), "position": {"epoch": 0, "step": 0}}
     )
     problem = bench_certificate.problem(tmp_path, None, samples=3)
     assert len(problem.x) == 3 and problem.model(problem.x).argmax(1).equal(problem.y)

@@ -490,7 +490,13 @@ def test_autocast_stays_close(activation: str, device: str) -> None:
     )
 
 
-@pytest.mark.parametrize("whole", [True, False])
+dynamo = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
+    reason="torch.compile of torch 2.11 cannot follow the lowering of a graph (docs/networks.md)",
+)
+
+
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=dynamo), False])
 def test_compiles(whole: bool) -> None:
     """The bounds into one graph; the look at the labels on a CPU breaks it. Value and gradients as without."""
     model, x = small_network("clipped-relu", dtype=torch.float32), torch.rand(3, 2, 6, 6)
@@ -520,6 +526,7 @@ COMPILED = {
 }
 
 
+@dynamo
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_whole_step_compiles(name: str) -> None:
     """Bounds, loss and backward pass in one graph, for numbers and tensors as eps, with weights that move."""

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from locallip_cuda import build_info
-from locallip_cuda.experiments import checkpoint, cli, training
+from locallip_cuda.experiments import checkpoint, cli
+from locallip_cuda.experiments.network import load_model
 from locallip_cuda.experiments.recipes import Recipe
 
 TRAIN = ["train", "digits", "--device", "cpu", "--batch-size", "256"]
@@ -62,7 +63,7 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert values["command"][:3] == ["locallip", "certify", str(out)]
     assert values["recipe"]["epochs"] == 3 and values["environment"]["torch"] == torch.__version__
     beside = ["--limit", "9", "--out", str(tmp_path / "else")]
-    assert cli.main(["certify", str(out / training.CHECKPOINT_NAME), *beside]) == 0
+    assert cli.main(["certify", str(out / checkpoint.CHECKPOINT_NAME), *beside]) == 0
     assert (tmp_path / "else" / "certify.json").exists()
 
 
@@ -79,7 +80,7 @@ def test_every_number_reaches_the_recipe(tmp_path: Path) -> None:
     for name, value in given.items():
         options += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     assert cli.main(["train", "digits", "--device", "cpu", "--out", str(tmp_path), *options]) == 0
-    _, stored, _ = training.load_model(tmp_path / training.CHECKPOINT_NAME)
+    _, stored, _ = load_model(tmp_path / checkpoint.CHECKPOINT_NAME)
     assert stored.to_dict() == {"preset": "digits", "model": "", **given}
 
 
@@ -97,7 +98,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path: Path) -> None:
     assert "Stopped by SIGINT in epoch" in printed
     again = f"Continue with: locallip {' '.join(TRAIN)} --epochs 2000 --out {out} --resume"
     assert again in printed
-    position = checkpoint.load(out / training.CHECKPOINT_NAME)[1]["position"]
+    position = checkpoint.load(out / checkpoint.CHECKPOINT_NAME)[1]["position"]
     assert f"in epoch {position['epoch'] + 1}, step {position['step']} of" in printed
 
 

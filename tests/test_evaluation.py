@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from locallip_cuda import attack, certify, local_bounds
-from locallip_cuda.experiments import data, evaluation, report, training
+from locallip_cuda.experiments import checkpoint, data, evaluation, report
 from locallip_cuda.experiments.journal import Journal
+from locallip_cuda.experiments.network import load_model
 from locallip_cuda.experiments.recipes import recipe
+from locallip_cuda.experiments.trainer import Settings, Trainer
 from locallip_cuda.propagation.graph import UnsupportedModuleError
 
 EPS = 0.3
@@ -21,8 +23,8 @@ Trained = tuple[torch.nn.Sequential, data.Dataset]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     out = tmp_path_factory.mktemp("run")
-    training.Trainer(recipe("digits").replace(epochs=4, evaluate_every=4), training.Settings(out=out)).run()
-    model, _, _ = training.load_model(out / training.CHECKPOINT_NAME)
+    Trainer(recipe("digits").replace(epochs=4, evaluate_every=4), Settings(out=out)).run()
+    model, _, _ = load_model(out / checkpoint.CHECKPOINT_NAME)
     return model, data.load("digits", train=False)[:200]
 
 

@@ -19,10 +19,14 @@ import torch.nn.functional as F
 import two_processes
 
 from locallip_cuda import local_bounds, losses
-from locallip_cuda.experiments import checkpoint, data, models, training
+from locallip_cuda.experiments import checkpoint, data, models
 from locallip_cuda.experiments.checkpoint import CheckpointError
 from locallip_cuda.experiments.distributed import Workers
+from locallip_cuda.experiments.monitor import closeness
+from locallip_cuda.experiments.network import build_model, load_model
+from locallip_cuda.experiments.objective import STATISTICS, Objective
 from locallip_cuda.experiments.recipes import PRESETS, Recipe, recipe
+from locallip_cuda.experiments.trainer import Interrupted, Settings, Trainer, TrainingError
 from locallip_cuda.propagation.training_norms import SHARE
 
 SHORT = recipe("digits").replace(epochs=2, batch_size=256, crop=1, flip=True, sparse=0.01)
@@ -127,7 +131,7 @@ def test_recipes_survive_json() -> None:
 )
 def test_objective_is_the_formula(kind: str, function: Callable[..., torch.Tensor]) -> None:
     numbers = dataclasses.replace(SHORT, loss=kind, sparse=0.05, threshold_weight=0.3)
-    objective = training.Objective(training.build_model(numbers), numbers)
+    objective = Objective(build_model(numbers), numbers)
     x, y = data.load("digits", train=True).batch(torch.arange(32), torch.device("cpu"))
     assert objective.norms is not None
     bounds = local_bounds(objective.model, x, 0.3, norms=objective.norms.eval(), y=y)
@@ -136,7 +140,7 @@ def test_objective_is_the_formula(kind: str, function: Callable[..., torch.Tenso
     for kappa in (0.0, 0.4, 1.0):
         loss, statistics = objective(x, y, 0.3, kappa)
         torch.testing.assert_close(loss, kappa * clean + (1 - kappa) * certified)
-        sums = dict(zip(training._STATISTICS, statistics.tolist(), strict=True))
+        sums = dict(zip(STATISTICS, statistics.tolist(), strict=True))
         assert sums["samples"] == 32 and sums["bounded"] == (0 if kappa == 1 else 32)
         assert sums["correct"] == (objective.model(x).argmax(1) == y).sum()
         assert sums["certified_estimate"] == (0 if kappa == 1 else (bounds.margin(y) > 0).sum())
@@ -152,7 +156,7 @@ def test_objective_of_the_global_bound() -> None:
     x, y = data.load("digits", train=True).batch(torch.arange(32), torch.device("cpu"))
     for iterations in (0, 40):
         numbers = dataclasses.replace(SHORT, loss="gloro", sparse=0.05, iterations=iterations)
-        objective = training.Objective(training.build_model(numbers), numbers)
+        objective = Objective(build_model(numbers), numbers)
         assert (objective.norms is None) == (iterations > 0)
         objective.bound = "global"
         loss, statistics = objective(x, y, 0.3, 0.0)
@@ -162,20 +166,20 @@ def test_objective_of_the_global_bound() -> None:
         distance = torch.cdist(last, last)[y]
         rival = (logits + 0.3 * lipschitz * distance).scatter(1, y.unsqueeze(1), -math.inf).amax(1, keepdim=True)
         torch.testing.assert_close(loss, F.cross_entropy(torch.cat([logits, rival], 1), y), rtol=1e-3, atol=0)
-        sums = dict(zip(training._STATISTICS, statistics.tolist(), strict=True))
+        sums = dict(zip(STATISTICS, statistics.tolist(), strict=True))
         assert sums["lipschitz_estimate"] == pytest.approx(32 * lipschitz, rel=1e-2)
 
 
 def test_a_run_starts_with_the_global_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = dataclasses.replace(SHORT, warmup_epochs=0, global_epochs=1.4)
     seen: list[str] = []
-    original = training.Objective.forward
+    original = Objective.forward
 
-    def forward(self: training.Objective, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self: Objective, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(self.bound)
         return original(self, *inputs)
 
-    monkeypatch.setattr(training.Objective, "forward", forward)
+    monkeypatch.setattr(Objective, "forward", forward)
     _run(tmp_path, numbers)
     assert seen == ["global"] * 7 + ["local"] * 3
     assert numbers.replace(epochs=4).global_epochs == 2.8
@@ -185,7 +189,7 @@ def test_bfloat16_bounds_are_near_float32_ones() -> None:
     x, y = data.load("digits", train=True).batch(torch.arange(64), torch.device("cpu"))
     values = {}
     for precision in ("fp32", "bf16"):
-        objective = training.Objective(training.build_model(SHORT), SHORT, precision)
+        objective = Objective(build_model(SHORT), SHORT, precision)
         loss, _ = objective(x, y, 0.3, 0.5)
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
@@ -196,7 +200,7 @@ def test_bfloat16_bounds_are_near_float32_ones() -> None:
 def test_thresholds_start_as_the_recipe_says() -> None:
     for activation in ("clipped-relu", "clipped-maxmin"):
         numbers = dataclasses.replace(recipe("digits", activation), threshold_init=0.7, clip_init_first=0.2)
-        parameters = dict(training.build_model(numbers).named_parameters())
+        parameters = dict(build_model(numbers).named_parameters())
         first = parameters["1.threshold" if activation == "clipped-relu" else "1.upper"]
         assert torch.all(first == (0.7 if activation == "clipped-relu" else 0.2))
 
@@ -204,15 +208,15 @@ def test_thresholds_start_as_the_recipe_says() -> None:
 # -- runs --------------------------------------------------------------------------------------------------------
 
 
-def _run(out: Path, numbers: Recipe = SHORT, **settings: Any) -> training.Trainer:
-    trainer = training.Trainer(numbers, training.Settings(out=out, **settings))
+def _run(out: Path, numbers: Recipe = SHORT, **settings: Any) -> Trainer:
+    trainer = Trainer(numbers, Settings(out=out, **settings))
     trainer.run()
     return trainer
 
 
 def _same(one: Path, other: Path) -> None:
     """Both checkpoints are bitwise the same but for the times they took."""
-    (tensors, config), (tensors2, config2) = (checkpoint.load(p / training.CHECKPOINT_NAME) for p in (one, other))
+    (tensors, config), (tensors2, config2) = (checkpoint.load(p / checkpoint.CHECKPOINT_NAME) for p in (one, other))
     assert tensors.keys() == tensors2.keys()
     for name, value in tensors.items():
         assert torch.equal(value, tensors2[name]), name
@@ -226,7 +230,7 @@ def _same(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def control_within_a_short_run() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "CONTROL_EVERY", 3)
+        patch.setattr("locallip_cuda.experiments.trainer.CONTROL_EVERY", 3)
         yield
 
 
@@ -239,7 +243,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_learns(tmp_path: Path) -> None:
     numbers = recipe("digits").replace(epochs=5, evaluate_every=5)
-    trainer = training.Trainer(numbers, training.Settings(out=tmp_path))
+    trainer = Trainer(numbers, Settings(out=tmp_path))
     evaluation = trainer.run()
     assert evaluation is not None and evaluation.accuracy > 0.8 and evaluation.certified_estimate > 0.4
     assert evaluation.certified_estimate < evaluation.accuracy
@@ -247,7 +251,7 @@ def test_training_learns(tmp_path: Path) -> None:
 
 def test_looks_say_how_close_the_norms_of_training_come(whole: Path) -> None:
     """Of the network as it is trained, by its own radius; the last look's again from the checkpoint."""
-    model, numbers, config = training.load_model(whole / training.CHECKPOINT_NAME)
+    model, numbers, config = load_model(whole / checkpoint.CHECKPOINT_NAME)
     looks = config["history"]
     assert len(looks) == 2
     for record in looks:
@@ -255,11 +259,11 @@ def test_looks_say_how_close_the_norms_of_training_come(whole: Path) -> None:
         if record["eps"]:
             assert 0.9 < record["closeness_worst"] <= record["closeness_mean"] <= 1 / SHARE**3
             assert 0.9 < record["closeness_layer"] <= 1 / SHARE
-    objective = training.Objective(model, numbers)
+    objective = Objective(model, numbers)
     assert objective.norms is not None
-    tensors, _ = checkpoint.load(whole / training.CHECKPOINT_NAME)
+    tensors, _ = checkpoint.load(whole / checkpoint.CHECKPOINT_NAME)
     objective.norms.load_state_dict(checkpoint.group(tensors, "norms"))
-    again = training.closeness(objective, data.load("digits", train=True), looks[-1]["eps"])
+    again = closeness(objective, data.load("digits", train=True), looks[-1]["eps"])
     assert again == pytest.approx({name: looks[-1][name] for name in again}, rel=1e-5)
 
 
@@ -267,7 +271,7 @@ def test_same_seed_same_run(tmp_path: Path, whole: Path) -> None:
     _run(tmp_path)
     _same(tmp_path, whole)
     other = _run(tmp_path / "other", dataclasses.replace(SHORT, seed=1))
-    first = training.load_model(whole / training.CHECKPOINT_NAME)[0]
+    first = load_model(whole / checkpoint.CHECKPOINT_NAME)[0]
     assert not torch.equal(other.model[0].weight, first[0].weight)
 
 
@@ -280,7 +284,7 @@ def test_resume_is_exact(
 ) -> None:
     """Stopped by a signal in the middle of an epoch or at its end (5 steps each), then continued."""
     done = 0
-    original = training.Trainer._train_step
+    original = Trainer._train_step
 
     def stop_after(*inputs: Any) -> None:
         nonlocal done
@@ -289,9 +293,9 @@ def test_resume_is_exact(
         if done == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(training.Trainer, "_train_step", stop_after)
+    monkeypatch.setattr(Trainer, "_train_step", stop_after)
     handler_before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(training.Interrupted) as stop:
+    with pytest.raises(Interrupted) as stop:
         _run(tmp_path)
     assert stop.value.number == number and signal.getsignal(signal.SIGINT) is handler_before
     config = checkpoint.load(stop.value.path)[1]
@@ -305,7 +309,7 @@ def test_resume_is_exact(
 def test_resume_goes_on_with_the_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in a step draws from torch's generator yet; whatever comes to do so draws the same after a resume."""
     numbers, drawn, stop = dataclasses.replace(SHORT, epochs=1), [], 0
-    original = training.Trainer._train_step
+    original = Trainer._train_step
 
     def draw(*inputs: Any) -> None:
         original(*inputs)
@@ -313,10 +317,10 @@ def test_resume_goes_on_with_the_random_numbers(tmp_path: Path, monkeypatch: pyt
         if len(drawn) == stop:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(training.Trainer, "_train_step", draw)
+    monkeypatch.setattr(Trainer, "_train_step", draw)
     _run(tmp_path / "whole", numbers)
     whole, drawn[:], stop = list(drawn), [], 2
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         _run(tmp_path / "stopped", numbers)
     torch.rand(3)
     _run(tmp_path / "stopped", numbers, resume=True)
@@ -330,15 +334,15 @@ def test_resume_only_what_is_there(tmp_path: Path, whole: Path) -> None:
         _run(whole)
     with pytest.raises(CheckpointError, match=r"its run has seed 0, not 5"):
         _run(whole, dataclasses.replace(SHORT, seed=5), resume=True)
-    before = (whole / training.CHECKPOINT_NAME).read_bytes()
-    trainer = training.Trainer(SHORT, training.Settings(out=whole, resume=True))
+    before = (whole / checkpoint.CHECKPOINT_NAME).read_bytes()
+    trainer = Trainer(SHORT, Settings(out=whole, resume=True))
     assert trainer.epoch == 2 and trainer.run() is None
-    assert (whole / training.CHECKPOINT_NAME).read_bytes() == before
+    assert (whole / checkpoint.CHECKPOINT_NAME).read_bytes() == before
 
 
 def test_incomplete_training_state_is_refused(tmp_path: Path, whole: Path) -> None:
-    tensors, config = checkpoint.load(whole / training.CHECKPOINT_NAME)
-    path = tmp_path / training.CHECKPOINT_NAME
+    tensors, config = checkpoint.load(whole / checkpoint.CHECKPOINT_NAME)
+    path = tmp_path / checkpoint.CHECKPOINT_NAME
     name = next(n for n in tensors if n.startswith("optimiser/") and n.endswith("0.weight/exp_avg"))
     checkpoint.save(path, {n: t for n, t in tensors.items() if n != name}, config)
     with pytest.raises(CheckpointError, match=r"Adam's state of '0\.weight' is incomplete"):
@@ -363,25 +367,25 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device; the previous file is kept"):
         _run(tmp_path)
-    assert checkpoint.load(tmp_path / training.CHECKPOINT_NAME)[1]["position"] == {"epoch": 1, "step": 0}
+    assert checkpoint.load(tmp_path / checkpoint.CHECKPOINT_NAME)[1]["position"] == {"epoch": 1, "step": 0}
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
     _run(tmp_path, resume=True)
     _same(tmp_path, whole)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = training.Objective.forward
+    original = Objective.forward
 
-    def poisoned(self: training.Objective, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def poisoned(self: Objective, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         loss, statistics = original(self, *inputs)
         return loss, statistics * math.nan
 
     _run(tmp_path, dataclasses.replace(SHORT, epochs=1))
-    before = (tmp_path / training.CHECKPOINT_NAME).read_bytes()
-    monkeypatch.setattr(training.Objective, "forward", poisoned)
-    with pytest.raises(training.TrainingError, match="the loss of epoch 1 is nan"):
+    before = (tmp_path / checkpoint.CHECKPOINT_NAME).read_bytes()
+    monkeypatch.setattr(Objective, "forward", poisoned)
+    with pytest.raises(TrainingError, match="the loss of epoch 1 is nan"):
         _run(tmp_path, overwrite=True)
-    assert (tmp_path / training.CHECKPOINT_NAME).read_bytes() == before
+    assert (tmp_path / checkpoint.CHECKPOINT_NAME).read_bytes() == before
 
 
 @pytest.mark.parametrize("poison", ["loss", "weights"])
@@ -389,10 +393,10 @@ def test_what_is_no_number_is_never_saved(tmp_path: Path, monkeypatch: pytest.Mo
     """Neither by a signal in the middle of an epoch nor when only its last step spoils the weights."""
     numbers = dataclasses.replace(SHORT, epochs=1)
     _run(tmp_path, numbers)
-    before = (tmp_path / training.CHECKPOINT_NAME).read_bytes()
-    original = training.Trainer._train_step
+    before = (tmp_path / checkpoint.CHECKPOINT_NAME).read_bytes()
+    original = Trainer._train_step
 
-    def spoil(self: training.Trainer, *inputs: Any) -> None:
+    def spoil(self: Trainer, *inputs: Any) -> None:
         original(self, *inputs)
         if poison == "loss" and self.step == 2:
             self.totals *= math.nan
@@ -400,11 +404,11 @@ def test_what_is_no_number_is_never_saved(tmp_path: Path, monkeypatch: pytest.Mo
         if poison == "weights" and self.step == 4:
             self.model[0].weight.data[0] = math.inf
 
-    monkeypatch.setattr(training.Trainer, "_train_step", spoil)
+    monkeypatch.setattr(Trainer, "_train_step", spoil)
     message = {"loss": "the loss of epoch 1 is nan", "weights": "weights are no numbers in epoch 1"}[poison]
-    with pytest.raises(training.TrainingError, match=message):
+    with pytest.raises(TrainingError, match=message):
         _run(tmp_path, numbers, overwrite=True)
-    assert (tmp_path / training.CHECKPOINT_NAME).read_bytes() == before
+    assert (tmp_path / checkpoint.CHECKPOINT_NAME).read_bytes() == before
 
 
 def test_thresholds_stay_in_range(tmp_path: Path) -> None:
@@ -422,10 +426,10 @@ def test_a_batch_too_large_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_checkpoints_of_every_preset_load(tmp_path: Path, preset: str) -> None:
     numbers = recipe(preset)
-    model = training.build_model(numbers)
+    model = build_model(numbers)
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     checkpoint.save(tmp_path / "c", tensors, {"recipe": numbers.to_dict()})
-    loaded, found, _ = training.load_model(tmp_path / "c")
+    loaded, found, _ = load_model(tmp_path / "c")
     assert found == numbers and not loaded.training
     x = torch.rand(2, *models.spec(preset).input_shape)
     assert torch.equal(model(x), loaded(x))
@@ -446,7 +450,7 @@ def test_two_processes_do_as_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     together = safetensors.torch.load_file(tmp_path / "gradients")
     numbers = two_processes.NUMBERS
-    objective = training.Objective(training.build_model(numbers), numbers)
+    objective = Objective(build_model(numbers), numbers)
     for kappa in two_processes.KAPPAS:
         alone = two_processes.gradients(objective, Workers(), numbers, kappa)
         for name, gradient in alone.items():
@@ -458,7 +462,7 @@ def test_two_processes_do_as_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 1
     _same(tmp_path / "whole", tmp_path / "resumed")
-    tensors, config = checkpoint.load(tmp_path / "whole" / training.CHECKPOINT_NAME)
+    tensors, config = checkpoint.load(tmp_path / "whole" / checkpoint.CHECKPOINT_NAME)
     assert config["processes"] == 2 and {"random/cpu/0", "random/cpu/1"} <= tensors.keys()
     single = _run(tmp_path / "single", two_processes.SHORT).history[0]
     for name in ("loss", "clean", "robust", "lipschitz_estimate"):
@@ -469,4 +473,4 @@ def test_a_batch_that_processes_cannot_share_is_named(tmp_path: Path) -> None:
     workers = Workers()
     workers.count = 3
     with pytest.raises(ValueError, match="batch_size is 256; it must be a multiple of the 3 processes"):
-        training.Trainer(SHORT, training.Settings(out=tmp_path), workers)
+        Trainer(SHORT, Settings(out=tmp_path), workers)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import locallip_cuda as ll
-from locallip_cuda.experiments import training
 from locallip_cuda.experiments.recipes import recipe
+from locallip_cuda.experiments.trainer import Settings, Trainer
 from locallip_cuda.norms.iteration import iterated_norm
 from locallip_cuda.propagation import training_norms
 from locallip_cuda.propagation.graph import UnsupportedModuleError
@@ -408,7 +408,7 @@ def test_a_network_hides_from_few_iterations_but_not_from_kept_vectors(tmp_path:
     least = {}
     for iterations in (1, 0):
         out = tmp_path / str(iterations)
-        trainer = training.Trainer(dataclasses.replace(numbers, iterations=iterations), training.Settings(out=out))
+        trainer = Trainer(dataclasses.replace(numbers, iterations=iterations), Settings(out=out))
         trainer.run()
         looks = [record for record in trainer.history if "closeness_mean" in record]
         least[iterations] = {name: min(r[f"closeness_{name}"] for r in looks) for name in ("mean", "worst", "layer")}

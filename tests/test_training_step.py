@@ -17,8 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from locallip_cuda.experiments import checkpoint, data, training
+from locallip_cuda.experiments import checkpoint, data
+from locallip_cuda.experiments.network import build_model
+from locallip_cuda.experiments.objective import Objective
 from locallip_cuda.experiments.recipes import Recipe, recipe
+from locallip_cuda.experiments.trainer import Interrupted, Settings, Trainer
 from locallip_cuda.experiments.training_step import TrainingStep, adam
 from locallip_cuda.nn import project_thresholds_
 
@@ -38,10 +41,10 @@ def _step(
     numbers: Recipe = NUMBERS, device: str = "cpu", precision: str = "fp32", capture: bool = False
 ) -> tuple[TrainingStep, nn.Sequential, torch.optim.Adam]:
     """A step as on a GPU: Adam with its state on the device and over all parameters at once."""
-    model = training.build_model(numbers).to(device)
+    model = build_model(numbers).to(device)
     optimiser = adam(model.parameters(), 1e-3, capture=True)
     optimiser.param_groups[0]["foreach"] = True
-    return TrainingStep(training.Objective(model, numbers, precision), optimiser, capture=capture), model, optimiser
+    return TrainingStep(Objective(model, numbers, precision), optimiser, capture=capture), model, optimiser
 
 
 def _batches(device: str = "cpu", size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
@@ -55,7 +58,7 @@ def _run(step: TrainingStep, device: str = "cpu") -> list[Tensor]:
 
 def _loop(model: nn.Sequential, optimiser: torch.optim.Adam, numbers: Recipe, precision: str) -> list[Tensor]:
     """The same steps written out, with numbers for what they keep in tensors."""
-    objective, found = training.Objective(model, numbers, precision), []
+    objective, found = Objective(model, numbers, precision), []
     for (x, y), (eps, kappa, learning_rate) in zip(_batches(), SCHEDULE, strict=False):
         optimiser.param_groups[0]["lr"] = torch.tensor(learning_rate)
         optimiser.zero_grad()
@@ -123,7 +126,7 @@ def test_nothing_goes_through_the_host(
 @pytest.mark.usefixtures("capturable_everywhere")
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_nothing_of_the_global_bound_goes_through_the_host(monkeypatch: pytest.MonkeyPatch, iterations: int) -> None:
-    monkeypatch.setattr(training.Objective, "bound", property(lambda _: "global", lambda *_: None), raising=False)
+    monkeypatch.setattr(Objective, "bound", property(lambda _: "global", lambda *_: None), raising=False)
     _steps_off_the_host(monkeypatch, dataclasses.replace(recipe("digits"), iterations=iterations))
 
 
@@ -143,13 +146,13 @@ def test_nothing_of_the_global_bound_goes_through_the_host(monkeypatch: pytest.M
 def test_what_goes_through_the_host_is_seen(
     monkeypatch: pytest.MonkeyPatch, reads: Callable[[Tensor], Tensor], message: str
 ) -> None:
-    original = training.Objective.forward
+    original = Objective.forward
 
-    def forward(self: training.Objective, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(self: Objective, *inputs: Any) -> tuple[Tensor, Tensor]:
         loss, statistics = original(self, *inputs)
         return loss, reads(statistics)
 
-    monkeypatch.setattr(training.Objective, "forward", forward)
+    monkeypatch.setattr(Objective, "forward", forward)
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
         _steps_off_the_host(monkeypatch, NUMBERS)
 
@@ -286,8 +289,8 @@ def test_other_launches_are_another_graph(monkeypatch: pytest.MonkeyPatch, captu
     numbers = recipe("digits")
     results = []
     for captured in (False, capture):
-        model = training.build_model(numbers)
-        objective = training.Objective(model, numbers)
+        model = build_model(numbers)
+        objective = Objective(model, numbers)
         optimiser = adam(model.parameters(), 1e-3, capture=True)
         optimiser.param_groups[0]["foreach"] = True
         step = TrainingStep(objective, optimiser, capture=captured, launches=objective.launches)
@@ -321,23 +324,24 @@ def test_a_captured_run_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Monk
         events.append(_stand_in(monkeypatch, objective, optimiser))
         return TrainingStep(objective, optimiser, capture=True, launches=launches)
 
-    monkeypatch.setattr(training, "adam", lambda weights, rate, capture: adam(weights, rate, capture=True))
-    monkeypatch.setattr(training, "TrainingStep", captured)
+    loop = "locallip_cuda.experiments.trainer"
+    monkeypatch.setattr(f"{loop}.adam", lambda weights, rate, capture: adam(weights, rate, capture=True))
+    monkeypatch.setattr(f"{loop}.TrainingStep", captured)
     numbers = recipe("digits").replace(epochs=2, batch_size=256, warmup_epochs=0)
-    training.Trainer(numbers, training.Settings(out=tmp_path / "whole")).run()
-    original = training.Trainer._train_step
+    Trainer(numbers, Settings(out=tmp_path / "whole")).run()
+    original = Trainer._train_step
 
-    def stop(self: training.Trainer, *inputs: Any) -> None:
+    def stop(self: Trainer, *inputs: Any) -> None:
         original(self, *inputs)
         if (self.epoch, self.step) == (0, 4):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(training.Trainer, "_train_step", stop)
-    with pytest.raises(training.Interrupted):
-        training.Trainer(numbers, training.Settings(out=tmp_path / "stopped")).run()
-    training.Trainer(numbers, training.Settings(out=tmp_path / "stopped", resume=True)).run()
+    monkeypatch.setattr(Trainer, "_train_step", stop)
+    with pytest.raises(Interrupted):
+        Trainer(numbers, Settings(out=tmp_path / "stopped")).run()
+    Trainer(numbers, Settings(out=tmp_path / "stopped", resume=True)).run()
     assert [[e.split()[0] for e in run].count("replay") for run in events] == [6, 1, 2]
-    whole, stopped = (checkpoint.load(tmp_path / name / training.CHECKPOINT_NAME)[0] for name in ("whole", "stopped"))
+    whole, stopped = (checkpoint.load(tmp_path / name / checkpoint.CHECKPOINT_NAME)[0] for name in ("whole", "stopped"))
     assert whole.keys() == stopped.keys() and all(torch.equal(value, stopped[name]) for name, value in whole.items())
 
 
@@ -361,13 +365,13 @@ def test_a_captured_step_takes_one_shape(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_state_of_adam_moves_between_devices() -> None:
     """What a checkpoint holds, tensors on the CPU, suits both kinds; each has it where it needs it."""
     x, y = next(_batches())
-    model = training.build_model(NUMBERS)
+    model = build_model(NUMBERS)
     plain = adam(model.parameters(), 1e-3, capture=False)
-    TrainingStep(training.Objective(model, NUMBERS), plain, capture=False)(x, y, 0.1, 0.5, 1e-3)
+    TrainingStep(Objective(model, NUMBERS), plain, capture=False)(x, y, 0.1, 0.5, 1e-3)
     assert plain.param_groups[0]["lr"] == 1e-3 and not isinstance(plain.param_groups[0]["lr"], Tensor)
     stored = plain.state_dict()["state"]
 
-    there = training.build_model(NUMBERS).to("meta")
+    there = build_model(NUMBERS).to("meta")
     captured = adam(there.parameters(), 1e-3, capture=True)
     captured.load_state_dict({"state": stored, "param_groups": captured.state_dict()["param_groups"]})
     assert captured.param_groups[0]["lr"].is_meta
@@ -376,7 +380,7 @@ def test_state_of_adam_moves_between_devices() -> None:
 
     step, model, captured = _step()
     step(x, y, 0.1, 0.5, 1e-3)
-    back = adam(training.build_model(NUMBERS).parameters(), 1e-3, capture=False)
+    back = adam(build_model(NUMBERS).parameters(), 1e-3, capture=False)
     groups = back.state_dict()["param_groups"]
     back.load_state_dict({"state": captured.state_dict()["state"], "param_groups": groups})
     assert back.param_groups[0]["capturable"] is False
@@ -422,19 +426,19 @@ def test_a_run_moves_between_cpu_and_gpu(tmp_path: Path, monkeypatch: pytest.Mon
 
 def _move(out: Path, monkeypatch: pytest.MonkeyPatch, devices: list[str]) -> None:
     """A run that is stopped in the middle of every epoch but the last and goes on at the next device."""
-    original = training.Trainer._train_step
+    original = Trainer._train_step
 
-    def stop_in_the_middle(self: training.Trainer, *inputs: Any) -> None:
+    def stop_in_the_middle(self: Trainer, *inputs: Any) -> None:
         original(self, *inputs)
         if self.step == 2 and self.epoch < len(devices) - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(training.Trainer, "_train_step", stop_in_the_middle)
+    monkeypatch.setattr(Trainer, "_train_step", stop_in_the_middle)
     numbers = recipe("digits").replace(epochs=len(devices), batch_size=256)  # 5 steps an epoch
     for done, device in enumerate(devices):
-        trainer = training.Trainer(numbers, training.Settings(out=out, device=torch.device(device), resume=done > 0))
+        trainer = Trainer(numbers, Settings(out=out, device=torch.device(device), resume=done > 0))
         last = done == len(devices) - 1
-        with nullcontext() if last else pytest.raises(training.Interrupted):
+        with nullcontext() if last else pytest.raises(Interrupted):
             trainer.run()
         for state in trainer.optimiser.state.values():
             assert state["step"].device.type == device and state["step"] == 5 * done + (5 if last else 3)

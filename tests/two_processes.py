@@ -12,9 +12,12 @@ import safetensors.torch
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from locallip_cuda.experiments import data, training
+from locallip_cuda.experiments import data
 from locallip_cuda.experiments.distributed import Workers
+from locallip_cuda.experiments.network import build_model
+from locallip_cuda.experiments.objective import Objective
 from locallip_cuda.experiments.recipes import Recipe, recipe
+from locallip_cuda.experiments.trainer import Interrupted, Settings, Trainer
 
 # Enough iterations that the norms do not depend on where a sample stands in its batch, and thresholds that units reach.
 NUMBERS = recipe("digits").replace(iterations=60, sparse=0.1, threshold_init=0.02)
@@ -39,7 +42,7 @@ def gradients(objective: torch.nn.Module, workers: Workers, numbers: Recipe, kap
 
 
 def write_gradients(path: Path, workers: Workers) -> None:
-    objective = DistributedDataParallel(training.Objective(training.build_model(NUMBERS), NUMBERS))
+    objective = DistributedDataParallel(Objective(build_model(NUMBERS), NUMBERS))
     found = {}
     for kappa in KAPPAS:
         for name, gradient in gradients(objective, workers, NUMBERS, kappa).items():
@@ -50,22 +53,22 @@ def write_gradients(path: Path, workers: Workers) -> None:
 
 def stop_and_resume(out: Path, workers: Workers) -> None:
     """A run that a signal to the second process stops after two steps, continued to its end."""
-    original, steps = training.Trainer._train_step, 0
+    original, steps = Trainer._train_step, 0
 
-    def stop_after_two(self: training.Trainer, *inputs: object) -> None:
+    def stop_after_two(self: Trainer, *inputs: object) -> None:
         nonlocal steps
         original(self, *inputs)
         steps += 1
         if steps == 2 and workers.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    training.Trainer._train_step = stop_after_two
-    trainer = training.Trainer(SHORT, training.Settings(out=out), workers)
+    Trainer._train_step = stop_after_two
+    trainer = Trainer(SHORT, Settings(out=out), workers)
     try:
         trainer.run()
-    except training.Interrupted:
+    except Interrupted:
         assert trainer.step == 2, trainer.step
-        training.Trainer(SHORT, training.Settings(out=out, resume=True), workers).run()
+        Trainer(SHORT, Settings(out=out, resume=True), workers).run()
     else:
         raise AssertionError("the signal did not stop the run")
 

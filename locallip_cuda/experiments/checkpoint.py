@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+CHECKPOINT_NAME = "checkpoint.safetensors"  # in the folder of a run
 FORMAT = "locallip-cuda checkpoint"
 VERSION = 1
 

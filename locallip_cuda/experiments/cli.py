@@ -18,11 +18,14 @@ import torch
 from ..build_info import build_info
 from ..norms.masked_norm import GUARANTEES, check_guarantee
 from ..propagation.graph import UnsupportedModuleError
-from . import data, evaluation, models, report, training
+from . import checkpoint, data, evaluation, models, report
 from .checkpoint import CheckpointError
 from .distributed import Workers
 from .journal import Journal
+from .network import load_model
+from .objective import PRECISIONS, set_precision
 from .recipes import OF_DATA, PRESETS, Recipe, recipe
+from .trainer import Interrupted, Settings, Trainer, TrainingError
 
 
 class RefutedError(Exception):
@@ -150,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     trainer.add_argument(
         "--precision",
-        choices=training.PRECISIONS,
+        choices=PRECISIONS,
         default="fp32",
         help="of the products in clean pass and bounds: fp32; tf32, on GPUs; bf16, by autocast (default: fp32)",
     )
@@ -213,8 +216,8 @@ def _recipe(arguments: argparse.Namespace, out: Path) -> Recipe:
     if not arguments.resume:
         changes = {name: value for name, value in given.items() if name not in ("preset", "activation")}
         return recipe(_preset(arguments), given.get("activation")).replace(**changes)
-    path = out / training.CHECKPOINT_NAME
-    _, stored, _ = training.load_model(path, arguments.model)
+    path = out / checkpoint.CHECKPOINT_NAME
+    _, stored, _ = load_model(path, arguments.model)
     for name, value in {**given, "preset": _preset(arguments)}.items():
         if value != getattr(stored, name):
             raise ValueError(
@@ -231,7 +234,7 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     with Workers() as workers:
         device = _choose_device(arguments.device, workers.local_rank)
         workers.connect(device)
-        settings = training.Settings(
+        settings = Settings(
             out=out,
             data_root=arguments.data,
             device=device,
@@ -239,11 +242,11 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             resume=arguments.resume,
             overwrite=arguments.overwrite,
         )
-        trainer = training.Trainer(_recipe(arguments, out), settings, workers)
+        trainer = Trainer(_recipe(arguments, out), settings, workers)
         done = trainer.epoch == trainer.recipe.epochs
         try:
             trainer.run()
-        except training.Interrupted as stop:
+        except Interrupted as stop:
             if workers.rank == 0:
                 again = [a for a in command if a not in ("--overwrite", "--resume")]
                 where = f"epoch {trainer.epoch + 1}, step {trainer.step} of {trainer.steps}"
@@ -268,14 +271,14 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         check_guarantee(guarantee, arguments.failure_probability)
     path: Path = arguments.checkpoint
     if path.is_dir():
-        path = path / training.CHECKPOINT_NAME
-    model, stored, config = training.load_model(path, arguments.model)
+        path = path / checkpoint.CHECKPOINT_NAME
+    model, stored, config = load_model(path, arguments.model)
     _check_data(stored.preset, arguments.data)
     device = _choose_device(arguments.device)
     eps = stored.eps if arguments.eps is None else arguments.eps
     name = models.spec(stored.preset).data
     dataset = data.load(name, arguments.data, train=False)
-    training.set_precision("fp32", device)
+    set_precision("fp32", device)
     out: Path = arguments.out or path.parent
     out.mkdir(parents=True, exist_ok=True)
     context: dict[str, Any] = {
@@ -357,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = str(error), 2
     except FileExistsError as error:
         message, code = f"{error} (--resume, --overwrite, --out)", 2
-    except (OSError, ImportError, RefutedError, training.TrainingError) as error:
+    except (OSError, ImportError, RefutedError, TrainingError) as error:
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT

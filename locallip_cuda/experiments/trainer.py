@@ -1,4 +1,4 @@
-"""Certified training: the loss as one module, the loop around it, and what makes a run resume exactly.
+"""The training loop of a recipe, and what makes a run resume exactly.
 
 The order of the samples and their augmentation follow from the seed, the epoch and the step, so that a run can stop
 after any step; a checkpoint then holds the weights, Adam's state, the position, the sums behind the epoch's
@@ -12,54 +12,31 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import losses
-from ..bounds import LocalBounds, global_bounds, local_bounds
 from ..build_info import build_info
-from ..propagation.estimate import GLOBAL_ITERATIONS
-from ..propagation.training_norms import SAMPLES, TrainingNorms
+from ..propagation.training_norms import SAMPLES
 from . import checkpoint, data, models
-from .checkpoint import CheckpointError
+from .checkpoint import CHECKPOINT_NAME, CheckpointError
 from .distributed import Workers
+from .monitor import Evaluation, closeness, evaluate
+from .network import build_model
+from .objective import STATISTICS, Objective, bounds_at_rest, means_of, set_precision
 from .recipes import Recipe
 from .training_step import TrainingStep, adam
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
-PRECISIONS = ("fp32", "tf32", "bf16")
-
-# Looks at the test set during training take more steps for the norms than training does: an estimate from few steps
-# is too low and would certify too much.
-EVALUATION_ITERATIONS = 20
-
-# Training samples whose norms are converged after each epoch, to see how close those of training come.
-CLOSENESS_SAMPLES = 16
-
 # Steps between two looks at how close the norms come, after which their iterations are chosen anew.
 CONTROL_EVERY = 25
-
-_STATISTICS = (
-    "samples",
-    "loss",
-    "clean",
-    "correct",
-    "bounded",
-    "robust",
-    "sparsity",
-    "certified_estimate",
-    "lipschitz_estimate",
-)
 
 
 class Interrupted(Exception):
@@ -91,163 +68,6 @@ class Settings:
     precision: str = "fp32"
     resume: bool = False
     overwrite: bool = False
-
-
-def set_precision(precision: str, device: torch.device) -> None:
-    """Let float32 products round to TF32, or not. ValueError for an unknown precision, and for tf32 without a GPU."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-    if precision == "tf32" and device.type != "cuda":
-        raise ValueError(f"precision is 'tf32' on {device}; only GPUs have it")
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which a network and its bounds are computed with ``precision``."""
-    # Without the cache of cast weights, which a CUDA graph must not find filled.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
-
-
-def certified_loss(kind: str, bounds: LocalBounds, y: Tensor) -> Tensor:
-    """The certified loss ``kind`` (bcp, gloro or lmt), a scalar."""
-    function = {"bcp": losses.robust_cross_entropy, "gloro": losses.gloro, "lmt": losses.lipschitz_margin}[kind]
-    return function(bounds, y)
-
-
-class Objective(nn.Module):
-    """The training loss of a recipe as a module: forward(x, y, eps, kappa) -> (loss, statistics).
-
-    loss = kappa * CE(clean) + (1 - kappa) * (certified loss + sparse * sparsity loss). That the bounds are computed in
-    here, on the wrapped parameters, is what lets DistributedDataParallel see them. At kappa = 1 only the clean logits
-    are needed, and no bound is computed; a kappa that is a tensor, float64, is taken to be below 1 without a look at
-    it. The statistics are sums over the batch, in the order of ``_STATISTICS``, float64 on x's device.
-
-    Attributes:
-        bound: "local", or "global" for the plain global bound in the certified loss.
-        norms: the state of the norms where the recipe leaves their iterations open, None otherwise.
-    """
-
-    def __init__(self, model: nn.Module, recipe: Recipe, precision: str = "fp32") -> None:
-        super().__init__()
-        self.model = model
-        self.recipe = recipe
-        self.precision = precision
-        self.bound = "local"
-        first = next(model.parameters()).new_zeros(1, *models.spec(recipe.preset).input_shape)
-        self.norms = None if recipe.iterations else TrainingNorms(model, first)
-
-    def bounds(self, x: Tensor, y: Tensor, eps: float | Tensor) -> LocalBounds:
-        """What the certified loss is of."""
-        recipe = self.recipe
-        if self.bound == "global":
-            iterations = max(recipe.iterations, GLOBAL_ITERATIONS)
-            return global_bounds(self.model, x, eps, iterations=iterations, norms=self.norms)
-        return local_bounds(
-            self.model, x, eps, radius=recipe.radius, iterations=recipe.iterations, norms=self.norms, y=y
-        )
-
-    def launches(self) -> Hashable:
-        """What decides which kernels a step with bounds launches."""
-        return self.bound, None if self.norms is None else self.norms.launches()
-
-    def forward(self, x: Tensor, y: Tensor, eps: float | Tensor, kappa: float | Tensor) -> tuple[Tensor, Tensor]:
-        recipe, count = self.recipe, x.shape[0]
-
-        def number(value: float) -> Tensor:  # filled in on the device: a copy from the host would wait for it
-            return torch.full((), value, dtype=torch.float64, device=x.device)
-
-        bounded = isinstance(kappa, Tensor) or kappa < 1
-        clean_weight = kappa if isinstance(kappa, Tensor) else number(kappa)
-        robust = sparsity = certified = lipschitz = zero = number(0)
-        with autocast(self.precision, x.device):
-            if bounded:
-                bounds = self.bounds(x, y, eps)
-                logits = bounds.logits
-            else:
-                logits = self.model(x)
-        clean = F.cross_entropy(logits.float(), y)
-        loss = clean_weight.to(clean) * clean
-        if bounded:
-            robust_weight = 1 - clean_weight
-            robust = certified_loss(recipe.loss, bounds, y)
-            loss = loss + robust_weight.to(robust) * robust
-            if recipe.sparse:
-                sparsity = losses.sparsity(bounds, recipe.threshold_weight)
-                loss = loss + (robust_weight * recipe.sparse).to(sparsity) * sparsity
-            with torch.no_grad():
-                certified = (bounds.margin(y) > 0).sum()
-                lipschitz = bounds.lipschitz.sum()
-        correct = (logits.detach().argmax(1) == y).sum()
-        samples = number(count)
-        means = (loss * count, clean * count, correct, samples if bounded else zero, robust * count, sparsity * count)
-        statistics = torch.stack([s.detach().double() for s in (samples, *means, certified, lipschitz)])
-        return loss, statistics
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Shares of a set that are classified rightly and, by an estimate, certified; mean local Lipschitz estimate."""
-
-    accuracy: float
-    certified_estimate: float
-    lipschitz_estimate: float
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    dataset: data.Dataset,
-    recipe: Recipe,
-    precision: str = "fp32",
-    workers: Workers | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
-    """A quick look at ``dataset`` at the recipe's radius: norms are estimates, nothing here is proved.
-
-    None when ``stop``, asked after every batch, says so.
-    """
-    workers = workers or Workers()
-    device = next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    batches = data.Batches(dataset, recipe.batch_size, device=device, rank=workers.rank, world_size=workers.count)
-    model.eval()
-    for x, y in batches.epoch():
-        with autocast(precision, device):
-            bounds = local_bounds(model, x, recipe.eps, radius=recipe.radius, iterations=EVALUATION_ITERATIONS)
-            correct = bounds.logits.argmax(1) == y
-            certified = bounds.margin(y) > 0
-        sums += torch.stack([correct.sum(), certified.sum(), bounds.lipschitz.sum()])
-        if stop():
-            break
-    model.train()
-    if stop():
-        return None
-    accuracy, certified_share, lipschitz = (workers.sum(sums) / len(dataset)).tolist()
-    return Evaluation(accuracy, certified_share, lipschitz)
-
-
-@torch.no_grad()
-def bounds_at_rest(objective: Objective, x: Tensor, y: Tensor, eps: float) -> LocalBounds:
-    """The bounds of a training step, which leave the state of its norms as it is."""
-    objective.eval()
-    with autocast(objective.precision, x.device):
-        bounds = objective.bounds(x, y, eps)
-    objective.train()
-    return bounds
-
-
-def closeness(objective: Objective, dataset: data.Dataset, eps: float) -> dict[str, float]:
-    """How much of the true norms training at radius ``eps`` sees, on the first samples of ``dataset``.
-
-    mean and worst of the product of the layer norms, over the samples; layer: the mean of the layer where it is least.
-    """
-    device = next(objective.parameters()).device
-    x, y = dataset.batch(torch.arange(min(CLOSENESS_SAMPLES, len(dataset))), device)
-    layers = bounds_at_rest(objective, x, y, eps).closeness
-    product = layers.prod(1)
-    found = {"mean": product.mean(), "worst": product.min(), "layer": layers.mean(0).min()}
-    return {f"closeness_{name}": float(value) for name, value in found.items()}
 
 
 class _Signals:
@@ -326,7 +146,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         # Asked now: the package may be installed anew while a long run goes on.
         self.versions = {"locallip_cuda": build_info()["version"], "torch": torch.__version__}
-        self.totals = torch.zeros(len(_STATISTICS), dtype=torch.float64, device=settings.device)
+        self.totals = torch.zeros(len(STATISTICS), dtype=torch.float64, device=settings.device)
         if settings.resume:
             self._restore()
 
@@ -448,7 +268,7 @@ class Trainer:
 
     def _finite_means(self) -> dict[str, float]:
         """The epoch's means so far. TrainingError when the loss or a weight is no number: nothing to be saved."""
-        means = _means(self.workers.sum(self.totals).tolist())
+        means = means_of(self.workers.sum(self.totals).tolist())
         if not math.isfinite(means["loss"]):
             raise TrainingError(f"the loss of epoch {self.epoch + 1} is {means['loss']}; try a lower learning rate")
         if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
@@ -485,7 +305,7 @@ class Trainer:
             bar.update()
             if not bar.disable and time.perf_counter() - shown > 1:  # reading the sums waits for the GPU
                 done = (self.step - first) * recipe.batch_size
-                line = _line(_means(self.totals.tolist()))
+                line = _line(means_of(self.totals.tolist()))
                 bar.set_postfix_str(f"{line}, {done / (self.seconds - before):.0f} samples/s")
                 shown = time.perf_counter()
             if self._stopped(signals):
@@ -565,48 +385,6 @@ class Trainer:
         # What an earlier process logged beyond its last checkpoint is dropped.
         with SummaryWriter(str(self.settings.out), purge_step=self.epoch + 1) as board:
             yield board
-
-
-def build_model(recipe: Recipe) -> nn.Module:
-    """The recipe's network with fresh weights from its seed (torch's global generator is seeded)."""
-    torch.manual_seed(recipe.seed)
-    if recipe.model:
-        return models.imported(recipe.model)
-    return models.build(
-        recipe.preset,
-        recipe.activation,
-        threshold=recipe.threshold_init,
-        clip=(recipe.clip_init_first, recipe.clip_init_last),
-    )
-
-
-def load_model(path: Path, model: str = "") -> tuple[nn.Module, Recipe, dict[str, Any]]:
-    """The network, the recipe and the whole configuration of a checkpoint. CheckpointError when it is unusable.
-
-    ``model``: where to import the network from, if it is none of the presets'. What a checkpoint says of that is
-    compared with it, and never imported for itself. ValueError where they differ.
-    """
-    tensors, config = checkpoint.load(path)
-    try:
-        recipe = Recipe.from_dict(config["recipe"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration is not a training run's ({error})") from error
-    if recipe.model != model:
-        raise ValueError(f"model: got {model or 'none'}, want {recipe.model or 'none'}, which {path} was trained with")
-    network = build_model(recipe)
-    checkpoint.load_into(network, checkpoint.group(tensors, "model"), path)
-    return network.eval(), recipe, config
-
-
-def _means(totals: Sequence[float]) -> dict[str, float]:
-    """Means over the samples; those of the bound over the samples that had one (none in the warm-up)."""
-    sums = dict(zip(_STATISTICS, totals, strict=True))
-    means = {name: sums[name] / max(sums["samples"], 1) for name in ("loss", "clean", "correct")}
-    bounded = {
-        name: sums[name] / max(sums["bounded"], 1)
-        for name in ("robust", "sparsity", "certified_estimate", "lipschitz_estimate")
-    }
-    return {**means, **bounded}
 
 
 def _line(means: dict[str, float]) -> str:

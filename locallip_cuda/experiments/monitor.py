@@ -1,0 +1,77 @@
+"""Looks at a network while it trains: at the test set by estimates, and at how close the norms of training come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..bounds import local_bounds
+from . import data
+from .distributed import Workers
+from .objective import Objective, autocast, bounds_at_rest
+from .recipes import Recipe
+
+# Looks at the test set during training take more steps for the norms than training does: an estimate from few steps
+# is too low and would certify too much.
+EVALUATION_ITERATIONS = 20
+
+# Training samples whose norms are converged after each epoch, to see how close those of training come.
+CLOSENESS_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Shares of a set that are classified rightly and, by an estimate, certified; mean local Lipschitz estimate."""
+
+    accuracy: float
+    certified_estimate: float
+    lipschitz_estimate: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: data.Dataset,
+    recipe: Recipe,
+    precision: str = "fp32",
+    workers: Workers | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """A quick look at ``dataset`` at the recipe's radius: norms are estimates, nothing here is proved.
+
+    None when ``stop``, asked after every batch, says so.
+    """
+    workers = workers or Workers()
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    batches = data.Batches(dataset, recipe.batch_size, device=device, rank=workers.rank, world_size=workers.count)
+    model.eval()
+    for x, y in batches.epoch():
+        with autocast(precision, device):
+            bounds = local_bounds(model, x, recipe.eps, radius=recipe.radius, iterations=EVALUATION_ITERATIONS)
+            correct = bounds.logits.argmax(1) == y
+            certified = bounds.margin(y) > 0
+        sums += torch.stack([correct.sum(), certified.sum(), bounds.lipschitz.sum()])
+        if stop():
+            break
+    model.train()
+    if stop():
+        return None
+    accuracy, certified_share, lipschitz = (workers.sum(sums) / len(dataset)).tolist()
+    return Evaluation(accuracy, certified_share, lipschitz)
+
+
+def closeness(objective: Objective, dataset: data.Dataset, eps: float) -> dict[str, float]:
+    """How much of the true norms training at radius ``eps`` sees, on the first samples of ``dataset``.
+
+    mean and worst of the product of the layer norms, over the samples; layer: the mean of the layer where it is least.
+    """
+    device = next(objective.parameters()).device
+    x, y = dataset.batch(torch.arange(min(CLOSENESS_SAMPLES, len(dataset))), device)
+    layers = bounds_at_rest(objective, x, y, eps).closeness
+    product = layers.prod(1)
+    found = {"mean": product.mean(), "worst": product.min(), "layer": layers.mean(0).min()}
+    return {f"closeness_{name}": float(value) for name, value in found.items()}
