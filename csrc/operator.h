@@ -65,8 +65,9 @@ struct Operator {
     if (weight.is_cuda() || weight.scalar_type() == at::kDouble) return convolve(x, bias, false, {0, 0});
     // oneDNN, as torch 2.11 and 2.12 have it, leaves an output of one column unwritten where the stride is wider and
     // the input has one channel and the strides of channels last. Its other strides are as true.
+    const bool one_column = x.size(1) == 1 && stride[1] > 1 && output_sizes(x.sizes())[3] == 1;
     const int64_t image = x.size(2) * x.size(3);
-    const Tensor from = x.size(1) == 1 && stride[1] > 1 ? x.as_strided(x.sizes(), {image, image, x.size(3), 1}) : x;
+    const Tensor from = one_column ? x.as_strided(x.sizes(), {image, image, x.size(3), 1}) : x;
     const auto plain = [&](const OptionalTensor& shift) {
       return laid_out(at::convolution(from, weight, shift, stride, padding, dilation, false, {0, 0}, groups));
     };
