@@ -12,11 +12,16 @@ input here, and a repeat takes minutes.
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,13 +31,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench import networks, paper_method
-from bench.support import DEVICE, synchronize
+from bench.case import DEVICE
+from bench.clock import synchronize
 from locallip_cuda import LocalBounds, local_bounds
 from locallip_cuda.experiments import data, models, report
 from locallip_cuda.experiments.data import Dataset
 from locallip_cuda.experiments.network import load_model
 from locallip_cuda.norms.linear import Convolution
-from locallip_cuda.norms.masked_norm import ESTIMATE_ITERATIONS
+from locallip_cuda.norms.masked_norm import ESTIMATE_ITERATIONS, GUARANTEES
 from locallip_cuda.propagation.estimate import Estimate
 from locallip_cuda.propagation.proof import Proof
 
@@ -248,3 +254,62 @@ def table(costs: dict[str, Cost], layers: Sequence[Layer]) -> str:
         ratios = [f"{lipschitz_ratio(cost, yardstick):.4f}" for cost in all_costs]
         rows.append(row("Lipschitz constant / published", ratios))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Time the certificates of one network, print the table and write the JSON. The times are no regression test."""
+    parser = argparse.ArgumentParser(prog="python -m bench certificate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help=f"a checkpoint or the folder of a run (default: {FALLBACK}, trained briefly here)",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="at a time (default: %(default)s)")
+    parser.add_argument("--guarantee", nargs="+", choices=GUARANTEES, default=GUARANTEES, help="default: all")
+    parser.add_argument(
+        "--published-samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="so many of the samples for the published evaluation (default: %(default)s; 0 leaves it out)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures go as JSON")
+    options = parser.parse_args(arguments)
+    p = problem(options.checkpoint, options.data, options.samples)
+    costs, layers = run(p, options.guarantee, options.batch_size, options.published_samples)
+    environment = report.environment(DEVICE)
+    when, command = f"{datetime.now(timezone.utc):%Y-%m-%d}", shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    lines = [
+        f"- command: `{command}`",
+        f"- commit: {environment['commit']}, {when}",
+        f"- hardware: {environment['processor']}, {environment['threads']} threads; device {environment['device']}",
+        f"- software: torch {environment['torch']}, Python {environment['python']}",
+        f"- network: {p.title}",
+        f"- l2 radius {p.eps:.4g}; the first {len(p.x)} samples classified correctly, {options.batch_size} at a time",
+        "- rows, columns: the share that the masks keep in the first batch",
+    ]
+    published = costs.get(PUBLISHED)
+    if published is not None:
+        lines.append(
+            f"- published: {PUBLISHED_ITERATIONS} power iterations a layer, on masks from the published bounds, plain "
+            f"PyTorch in float32, {published.samples} of the samples at once (the ratios of Lipschitz constants are "
+            f"over these); its global norms took {published.once:.1f} s more, once"
+        )
+    print("\n".join(lines) + "\n\n" + table(costs, layers))
+    if options.out:
+        values = {
+            "command": command,
+            "date": when,
+            "environment": environment,
+            "network": p.title,
+            "eps": p.eps,
+            "batch_size": options.batch_size,
+            "layers": [asdict(layer) for layer in layers],
+            "costs": {name: asdict(cost) | {"total": cost.total} for name, cost in costs.items()},
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(values, indent=1) + "\n")
+    return 0

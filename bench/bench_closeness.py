@@ -9,26 +9,42 @@ their own masks; `layer`, of the layer where the mean is least; `shared`, how ma
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-import pytest
+import torch
 import torch.nn.functional as F
 
 from bench import networks, step
-from bench.support import DEVICE, interleaved, measure
-from locallip_cuda import LocalBounds, local_bounds
+from bench.case import Case, Setting, Variant
+from locallip_cuda import LocalBounds, TrainingNorms, local_bounds
+from locallip_cuda.experiments import models
 from locallip_cuda.experiments.objective import certified_loss
 
 CHECKED = 16
-CASES = {name: ("ours", "fixed") for name in networks.RECIPES}
 
 
-@pytest.mark.parametrize(("case", "repeat", "variant"), interleaved(CASES))
-def test_closeness(benchmark: Any, case: str, repeat: int, variant: str) -> None:
-    recipe = networks.RECIPES[case]
-    model, norms = networks.trained_against(case, kept=variant == "ours")
+def cases(setting: Setting) -> Iterator[Case]:
+    for name in networks.RECIPES:
+        yield Case("closeness", name, ("ours", "fixed"), partial(build, setting, name))
+
+
+def build(setting: Setting, name: str) -> dict[str, Variant]:
+    return {"ours": variant(setting, name, kept=True), "fixed": variant(setting, name, kept=False)}
+
+
+def variant(setting: Setting, name: str, *, kept: bool) -> Variant:
+    recipe = networks.RECIPES[name]
+    norms: TrainingNorms | None
+    if setting.tiny:
+        model, x, y = models.build("digits").to(setting.device), torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+        norms = TrainingNorms(model, x[:1].to(setting.device)) if kept else None
+    else:
+        model, norms = networks.trained_against(name, kept=kept, device=setting.device)
+        x, y = step.batch_of(name, setting.batch(recipe.batch))
+    x, y = x.to(setting.device), y.to(setting.device)
     optimizer = step.adam(model)
-    x, y = step.batch_of(case, recipe.batch if DEVICE.type == "cpu" else 256)
 
     def bounds(count: int) -> LocalBounds:
         given: dict[str, Any] = {"iterations": recipe.iterations} if norms is None else {"norms": norms, "y": y[:count]}
@@ -41,8 +57,7 @@ def test_closeness(benchmark: Any, case: str, repeat: int, variant: str) -> None
         (robust if recipe.loss == "gloro" else 0.5 * F.cross_entropy(b.logits, y) + 0.5 * robust).backward()
         optimizer.step()
 
-    facts: dict[str, float] = {}
-    if repeat == 0:
+    def check(_: None) -> tuple[dict[str, float], None]:
         if norms is not None:
             norms.eval()
         layers = bounds(CHECKED).closeness
@@ -51,4 +66,10 @@ def test_closeness(benchmark: Any, case: str, repeat: int, variant: str) -> None
         facts |= {"layer": layers.mean(0).min().item(), "shared": float(sum(norms.shared) if norms else 0)}
         if norms is not None:
             norms.train()
-    measure(benchmark, call, op="closeness", case=case, variant=variant, repeat=repeat, samples=len(x), **facts)
+        return facts, None
+
+    return Variant(call, len(x), check=check, capture=False)
+
+
+def test_closeness(turn: Callable[[], None]) -> None:
+    turn()

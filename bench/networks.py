@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from bench import paper_method
-from bench.support import DEVICE
+from bench.case import DEVICE
 from locallip_cuda import TrainingNorms, local_bounds
 from locallip_cuda.experiments import models
 from locallip_cuda.experiments.objective import certified_loss
@@ -119,11 +119,11 @@ def _train(name: str, activation: str) -> nn.Sequential:
     return model.cpu()
 
 
-def _train_against(name: str, norms: TrainingNorms | None, model: nn.Sequential) -> None:
+def _train_against(name: str, norms: TrainingNorms | None, model: nn.Sequential, device: torch.device) -> None:
     recipe = RECIPES[name]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for step in range(OWN_CLEAN_STEPS + OWN_RAMP_STEPS + OWN_STEPS):
-        x, y = (t.to(DEVICE) for t in images(name, BATCH, seed=step))
+        x, y = (t.to(device) for t in images(name, BATCH, seed=step))
         progress = min(max(step + 1 - OWN_CLEAN_STEPS, 0) / OWN_RAMP_STEPS, 1.0)
         loss = F.cross_entropy(model(x), y)
         if progress:
@@ -140,7 +140,7 @@ def _train_against(name: str, norms: TrainingNorms | None, model: nn.Sequential)
 
 
 @lru_cache
-def trained_against(name: str, *, kept: bool) -> tuple[nn.Sequential, TrainingNorms | None]:
+def trained_against(name: str, *, kept: bool, device: torch.device) -> tuple[nn.Sequential, TrainingNorms | None]:
     """A network trained by this package's own local bound at the training radius, long enough to hide from its norms.
 
     kept: with TrainingNorms, which come with it; else by the published recipe's number of iterations, with None. The
@@ -149,15 +149,15 @@ def trained_against(name: str, *, kept: bool) -> tuple[nn.Sequential, TrainingNo
     CACHE.mkdir(exist_ok=True)
     path = CACHE / f"{name}-{'kept' if kept else 'fixed'}-{OWN_VERSION}.pt"
     torch.manual_seed(0)
-    model = models.build(name).to(DEVICE)
-    norms = TrainingNorms(model, images(name, 1, seed=0)[0].to(DEVICE)) if kept else None
+    model = models.build(name).to(device)
+    norms = TrainingNorms(model, images(name, 1, seed=0)[0].to(device)) if kept else None
     parts = nn.ModuleDict({"model": model, **({} if norms is None else {"norms": norms})})
     if not path.exists():
-        _train_against(name, norms, model)
+        _train_against(name, norms, model, device)
         partial = path.with_suffix(".part")
         torch.save(parts.state_dict(), partial)
         partial.replace(path)
-    parts.load_state_dict(torch.load(path, weights_only=True, map_location=DEVICE))
+    parts.load_state_dict(torch.load(path, weights_only=True, map_location=device))
     return model, norms
 
 

@@ -7,7 +7,7 @@
 - `plain`: forward, cross entropy, backward, Adam.
 
 The loss is the recipe's: kappa * clean + (1 - kappa) * robust with kappa 1/2 for BCP, the GloRo loss alone for GloRo.
-Each step is `python -m bench.step NETWORK VARIANT` too: it prints the step's peak memory in bytes.
+Each step is `python -m bench.step NETWORK VARIANT BATCH` too: it prints the step's peak memory on a CPU in bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import networks, paper_method
-from bench.support import DEVICE
 from locallip_cuda import LocalBounds, local_bounds
 from locallip_cuda.experiments.objective import certified_loss
 
@@ -38,8 +37,7 @@ def adam(model: nn.Sequential, **options: Any) -> torch.optim.Optimizer:
 
 def batch_of(name: str, size: int) -> tuple[Tensor, Tensor]:
     """The synthetic images and labels that the steps are timed on."""
-    x, y = networks.images(name, size, seed=10**6)
-    return x.to(DEVICE), y.to(DEVICE)
+    return networks.images(name, size, seed=10**6)
 
 
 def step(
@@ -98,26 +96,19 @@ def _resident(key: str) -> int:
 
 
 def peak_memory(name: str, variant: str, batch: int) -> int:
-    """Bytes that one step takes at its peak beyond what stands before it (weights, Adam's moments, the libraries).
+    """Bytes that one step on a CPU takes at its peak beyond what stands before it (weights, Adam's moments, libraries).
 
-    On a CPU it is the rise of the process's largest resident set, which counts what bypasses torch's allocator too
-    (oneDNN's workspaces, the extension's own buffers), and so needs a fresh process; VmHWM, not ru_maxrss, which would
-    start at the parent's. A step with a batch of two first loads the libraries and creates Adam's moments.
+    It is the rise of the process's largest resident set, which counts what bypasses torch's allocator too (oneDNN's
+    workspaces, the extension's own buffers), and so needs a fresh process; VmHWM, not ru_maxrss, which would start at
+    the parent's. A step with a batch of two first loads the libraries and creates Adam's moments.
     """
-    model = networks.trained(name).to(DEVICE)
+    model = networks.trained(name)
     optimizer = adam(model)
     recipe = networks.RECIPES[name]
     step(model, optimizer, recipe, variant, *batch_of(name, 2))()
     measured = step(model, optimizer, recipe, variant, *batch_of(name, batch))
     optimizer.zero_grad()
     gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        measured()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
     # Sets VmHWM back to the present; where that is not allowed, an earlier peak only makes the result larger.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

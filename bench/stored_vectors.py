@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import paper_method
-from bench.support import converged_norms
+from bench.converged import converged_norms
 from locallip_cuda import LocalBounds, TrainingNorms, global_bounds, local_bounds, losses
 from locallip_cuda.experiments import data, models
 from locallip_cuda.experiments.recipes import Recipe, recipe

@@ -1,4 +1,4 @@
-"""The benchmark commands: ratios per sample, medians over repeats, what counts as a regression; and the GPU check."""
+"""The benchmarks: every case runs and is right, what is counted, ratios and targets, regressions; and the GPU check."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command
-from bench import (
-    bench_activation_pattern,
-    bench_certificate,
-    bench_closeness,
-    bench_margin,
-    bench_masked_norm,
-    bench_training_step,
-    gpu,
-    gpu_report,
-    support,
-)
+from bench import bench_certificate, harness, report
 from bench.bench_certificate import Cost
+from bench.case import Case, Setting, Variant
+from bench.clock import Clock
+from bench.converged import converged_norms
+from bench.harness import Harness, every_case
 from locallip_cuda import ops
 from locallip_cuda.experiments import checkpoint, models
 from locallip_cuda.experiments import recipes as presets
@@ -63,34 +58,27 @@ def thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"cpu": {"speed": {key: 2.5}, "memory": {key: 0.6}}, "cuda": {"speed": {}, "memory": {}}}
     path = tmp_path / "thresholds.json"
     path.write_text(json.dumps(limits))
-    monkeypatch.setattr(command, "THRESHOLDS", path)
+    monkeypatch.setattr(report, "THRESHOLDS", path)
 
 
 def test_the_recorded_thresholds_name_variants_that_exist() -> None:
     recorded = json.loads((Path(command.__file__).parent / "thresholds.json").read_text())
-    existing = {
-        f"{op}: {case}: {mine} vs {variant}"
-        for op, cases in {
-            "activation_pattern": bench_activation_pattern.CASES,
-            "closeness": bench_closeness.CASES,
-            "margin": bench_margin.CASES,
-            "masked_norm": bench_masked_norm.CASES,
-            "training_step": bench_training_step.CASES,
-        }.items()
-        for case, variants in cases.items()
-        for mine in filter(command.is_ours, variants)
-        for variant in variants
-        if not command.is_ours(variant)
-    }
-    for device in ("cpu", "cuda"):
-        assert recorded[device]["speed"].keys() | recorded[device]["memory"].keys() <= existing
+    for kind in ("cpu", "cuda"):
+        existing = {
+            f"{case.op}: {case.title}: {mine} vs {label}"
+            for case in every_case(Setting(torch.device(kind)))
+            for mine in filter(report.is_ours, case.labels)
+            for label in case.labels
+            if not report.is_ours(label) and report.work(label) == report.work(mine)
+        }
+        assert recorded[kind]["speed"].keys() | recorded[kind]["memory"].keys() <= existing
 
 
 def test_ratio_is_the_median_over_repeats_and_per_sample() -> None:
-    cases = command.read(run(0.1, [0.3, 0.4, 9.0]))
-    assert command.speedups(cases) == {f"training_step: {CASE}: ours vs paper": pytest.approx([3, 4, 90])}
-    cases = command.read({"benchmarks": [entry("ours", 0, 0.1, 32), entry("materialised", 0, 0.1, 4)]})
-    assert command.speedups(cases)[f"training_step: {CASE}: ours vs materialised"] == pytest.approx([8])
+    cases = report.read(run(0.1, [0.3, 0.4, 9.0]))
+    assert report.speedups(cases) == {f"training_step: {CASE}: ours vs paper": pytest.approx([3, 4, 90])}
+    cases = report.read({"benchmarks": [entry("ours", 0, 0.1, 32), entry("materialised", 0, 0.1, 4)]})
+    assert report.speedups(cases)[f"training_step: {CASE}: ours vs materialised"] == pytest.approx([8])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +96,7 @@ def test_regressions_against_the_thresholds(
 ) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run(**({"ours": 0.1, "paper": [0.3, 0.3, 0.3]} | changed))))
-    assert command.report(path) == (1 if message else 0)
+    assert report.show(path) == (1 if message else 0)
     printed = capsys.readouterr().out
     assert ("REGRESSION" in printed) == bool(message)
     assert message is None or message in printed
@@ -116,8 +104,8 @@ def test_regressions_against_the_thresholds(
 
 def test_compare_fails_on_a_ratio_that_fell(capsys: pytest.CaptureFixture[str]) -> None:
     old = run(0.1, [0.4])
-    assert command.compare(old, run(0.1, [0.39])) == 0
-    assert command.compare(old, run(0.1, [0.3])) == 1
+    assert report.compare(old, run(0.1, [0.39])) == 0
+    assert report.compare(old, run(0.1, [0.3])) == 1
     assert "-25%  REGRESSION" in capsys.readouterr().out
 
 
@@ -128,7 +116,7 @@ def test_converged_norms_are_those_of_the_masked_matrices() -> None:
     rows[0] = False
     columns[1], rows[1] = False, True
     columns[1, 4] = True
-    norms = support.converged_norms(layer, rows, columns, (6, 40))
+    norms = converged_norms(layer, rows, columns, (6, 40))
     matrices = layer.weight.double() * rows[:, :, None] * columns[:, None, :]
     torch.testing.assert_close(norms, torch.linalg.matrix_norm(matrices.detach(), 2))
     convolution = nn.Conv2d(2, 3, 3, stride=2, padding=1)
@@ -136,7 +124,7 @@ def test_converged_norms_are_those_of_the_masked_matrices() -> None:
     eye = torch.eye(98).view(98, 2, 7, 7)
     matrix = nn.functional.conv2d(eye, convolution.weight, None, 2, 1).flatten(1).t()
     expected = torch.linalg.matrix_norm((matrix * columns.flatten(1)[:, None, :]).detach(), 2)
-    norms = support.converged_norms(convolution, None, columns, columns.shape)
+    norms = converged_norms(convolution, None, columns, columns.shape)
     torch.testing.assert_close(norms, expected.double(), rtol=1e-5, atol=0)
 
 
@@ -178,50 +166,56 @@ def test_ratio_of_lipschitz_constants_is_over_the_samples_of_both() -> None:
     assert bench_certificate.lipschitz_ratio(ours, other) == 1.5
 
 
-# ---- the GPU check ----
+# ---- the cases ----
 
 ROOT = Path(command.__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All cases and baselines of bench.gpu at toy sizes on the CPU, by a process of its own: it sets torch's flags."""
-    out = tmp_path_factory.mktemp("gpu") / "benchmarks.json"
-    arguments = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--tiny", str(out)]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "LOCALLIP_COMMIT": "0123abc"}
+    """All variants of a CPU's run and of a GPU's at toy sizes, by a process of its own: it sets torch's flags."""
+    out = tmp_path_factory.mktemp("bench") / "run.json"
+    arguments = [sys.executable, "-m", "bench", "--device", "cpu", "--tiny", "--output", str(out)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "LOCALLIP_COMMIT": "0123abc-dirty"}
     done = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run: dict[str, Any] = json.loads(out.read_text())
     return run
 
 
-def variant(run: dict[str, Any], op: str, case: str, work: str, name: str) -> dict[str, Any]:
-    found = gpu_report.find(run, op, case, "float32", work, name)
-    assert found is not None
-    return found
+@pytest.fixture(scope="module")
+def tiny_cases(tiny_run: dict[str, Any]) -> report.Cases:
+    return report.read(tiny_run)
 
 
-def test_every_case_of_the_gpu_benchmark_runs_and_is_right(tiny_run: dict[str, Any]) -> None:
-    assert {case["op"] for case in tiny_run["cases"]} == {
-        "activation_pattern",
-        "margin",
-        "masked_norm",
-        "training_step",
+def test_every_case_runs_and_is_right(tiny_run: dict[str, Any], tiny_cases: report.Cases) -> None:
+    tiny = {
+        f"{case.op}: {case.title}": set(case.labels) for case in every_case(Setting(torch.device("cpu"), tiny=True))
     }
-    names = set()
-    for case in tiny_run["cases"]:
-        assert "error" not in case
-        for v in case["variants"]:
-            names.add(v["name"])
-            assert "error" not in v and v["ms"]["low"] <= v["ms"]["median"] <= v["ms"]["high"]
-            assert v["name"] not in ("ours", "streaming") or v["right"]
-    assert names == {"ours", "streaming", "paper", "paper compiled", "paper-lean", "materialised", "plain"}
+    for kind in ("cpu", "cuda"):
+        for case in every_case(Setting(torch.device(kind))):
+            assert set(case.labels) <= tiny[f"{case.op}: {case.title}"]
+    assert {title: case.variants.keys() for title, case in tiny_cases.items()} == tiny
+    assert not report.failures(tiny_cases) and not tiny_run["errors"]
+    for case in tiny_cases.values():
+        for label, variant in case.variants.items():
+            assert variant.times.keys() == {0, 1} and min(variant.times.values()) > 0
+            if case.op != "closeness" and label.partition(", ")[0] in ("ours", "streaming", "materialised"):
+                assert variant.right
     assert tiny_run["ceilings"].keys() == {"copy", "float32", "tf32", "bfloat16"}
+    assert tiny_run["machine_info"]["command"].startswith("python -m bench --device cpu --tiny")
     if not (ROOT / ".git").exists():
-        assert tiny_run["environment"]["commit"] == "0123abc"
+        assert (tiny_run["commit_info"]["id"], tiny_run["commit_info"]["dirty"]) == ("0123abc", True)
 
 
-def test_counted_bytes_are_those_of_the_tensors_that_go_in_and_come_out(tiny_run: dict[str, Any]) -> None:
+def test_pytest_benchmark_has_the_times_of_the_clock(tiny_run: dict[str, Any]) -> None:
+    for benchmark in tiny_run["benchmarks"]:
+        assert benchmark["options"]["timer"] == "bench.clock"
+        assert 0 < benchmark["stats"]["min"] <= benchmark["stats"]["median"]
+    assert Clock(torch.device("cpu")).turn(lambda: time.sleep(0.01), 0.03) == pytest.approx([0.0105] * 3, rel=0.2)
+
+
+def test_counted_bytes_are_those_of_the_tensors_that_go_in_and_come_out(tiny_cases: report.Cases) -> None:
     shape = (4, 6, 6)
     thresholds = {"relu": [], "clipped_relu": [torch.ones(1, *shape)], "clipped_maxmin": [torch.ones(1, 2, 6, 6)] * 2}
     for activation, given in thresholds.items():
@@ -230,63 +224,147 @@ def test_counted_bytes_are_those_of_the_tensors_that_go_in_and_come_out(tiny_run
         outputs = ops.activation_pattern(*inputs, torch.rand(2), activation, first, second)
         read = sum(t.nbytes for t in [*inputs, *given])
         gradients = sum(t.nbytes for t in outputs[:2])
-        case = ("activation_pattern", f"{activation.replace('_', '-')} 4x6x6")
-        forward, backward, both = (
-            variant(tiny_run, *case, w, "ours")["bytes"] for w in ("forward", "backward", "both")
-        )
+        variants = tiny_cases[f"activation_pattern: {activation.replace('_', '-')} 32x32x32"].variants
+        forward, backward, both = (variants[label].bytes for label in ("ours, forward", "ours, backward", "ours"))
         assert forward == read + sum(t.nbytes for t in outputs[:4])
         assert backward == read + gradients + read  # read again, gradients in, gradients out
         assert both == forward + backward
     # weight, two masks of a byte a unit, start; norms and two singular vectors
-    dense = variant(tiny_run, "masked_norm", "dense 16x16 density 0.5", "forward", "ours")
-    assert dense["bytes"] == 4 * 16 * 16 + 2 * (16 + 16) + 4 * 16 + 4 * (2 + 2 * 32)
+    dense = tiny_cases["masked_norm: dense 512x512 density 0.5"].variants["ours, forward"]
+    assert dense.bytes == 4 * 16 * 16 + 2 * (16 + 16) + 4 * 16 + 4 * (2 + 2 * 32)
     # features, box, radius, labels and weight; gain and step
-    margin = variant(tiny_run, "margin", "K=10 h=16", "forward", "ours")
-    assert margin["bytes"] == 4 * (3 * 2 * 16 + 2 + 10 * 16) + 8 * 2 + 2 * 4 * 2 * 10
+    margin = tiny_cases["margin: K=10 h=512"].variants["ours, forward"]
+    assert margin.bytes == 4 * (3 * 2 * 16 + 2 + 10 * 16) + 8 * 2 + 2 * 4 * 2 * 10
 
 
-def test_counted_operations_are_those_torch_counts(tiny_run: dict[str, Any]) -> None:
+def test_counted_operations_are_those_torch_counts(tiny_cases: report.Cases) -> None:
     def counted(call: Any) -> int:
         with FlopCounterMode(display=False) as counter:
             call()
         return counter.get_total_flops()
 
     applied = {
-        "dense 16x128 density 0.5": lambda: F.linear(torch.rand(2, 128), torch.rand(16, 128)),
-        "conv 3x3 4 to 4 on 8x8 density 0.5": lambda: F.conv2d(
-            torch.rand(2, 4, 8, 8), torch.rand(4, 4, 3, 3), None, 1, 1
-        ),
-        "conv 4x4/2 8 to 8 on 4x4 density 0.5": lambda: F.conv2d(
-            torch.rand(2, 8, 4, 4), torch.rand(8, 8, 4, 4), None, 2, 1
-        ),
+        "dense 512x4096": lambda: F.linear(torch.rand(2, 128), torch.rand(16, 128)),
+        "conv 3x3 32x32x32": lambda: F.conv2d(torch.rand(2, 4, 8, 8), torch.rand(4, 4, 3, 3), None, 1, 1),
+        "conv 4x4s2 64x16x16": lambda: F.conv2d(torch.rand(2, 8, 4, 4), torch.rand(8, 8, 4, 4), None, 2, 1),
     }
-    for case, apply in applied.items():
-        forward, both = (variant(tiny_run, "masked_norm", case, work, "ours")["flops"] for work in ("forward", "both"))
-        assert forward == 9 * counted(apply) and both == 10 * counted(apply)
+    for layer, apply in applied.items():
+        variants = tiny_cases[f"masked_norm: {layer} density 0.5"].variants
+        assert variants["ours, forward"].flops == 9 * counted(apply)
+        assert variants["ours"].flops == 10 * counted(apply)
     model, x = models.build("digits"), torch.rand(2, 1, 8, 8)
-    plain = variant(tiny_run, "training_step", "digits as cifar10-6c2f", "both", "plain")
-    assert plain["flops"] == counted(lambda: model(x).sum().backward())
-    margin = variant(tiny_run, "margin", "K=10 h=16", "forward", "ours")
-    assert margin["flops"] == 8 * 2 * 9 * 16
+    plain = tiny_cases["training_step: cifar10-6c2f"].variants["plain"]
+    assert plain.flops == counted(lambda: model(x).sum().backward())
+    assert tiny_cases["margin: K=10 h=512"].variants["ours, forward"].flops == 8 * 2 * 9 * 16
 
 
-def made_up(op: str, case: str, precision: str = "float32", **variants: dict[str, Any]) -> dict[str, Any]:
-    """A case of a made-up run: variants by "name__work", with milliseconds, or with what else they are to hold."""
+class Recorded:
+    """A benchmark fixture that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.rounds = 0
+
+    def pedantic(self, function: Any, rounds: int) -> None:
+        self.rounds = rounds
+
+
+@pytest.fixture
+def flags_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setter in ("set_up", "set_precision"):
+        monkeypatch.setattr(harness, setter, lambda *_: None)
+
+
+def case_of(name: str, **calls: Any) -> Case:
+    variants = {label.replace("_", " "): Variant(call, 1) for label, call in calls.items()}
+    return Case("op", name, tuple(variants), lambda: variants)
+
+
+def broken() -> None:
+    raise RuntimeError("no memory")
+
+
+def test_a_variant_that_fails_says_so_and_leaves_the_others_alone(flags_stay: None) -> None:
+    h = Harness(Setting(torch.device("cpu"), tiny=True))
+    case = case_of("a", ours=lambda: None, paper=broken, paper_compiled=broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        h.turn(Recorded(), case, 0, "paper")
+    for label in ("paper", "paper compiled"):  # once it has failed; what may fail
+        with pytest.raises(pytest.skip.Exception, match="no memory"):
+            h.turn(Recorded(), case, 1, label)
+    benchmark = Recorded()
+    h.turn(benchmark, case, 0, "ours")
+    assert benchmark.rounds and benchmark.extra_info["variant"] == "ours"
+    case.build()["ours"].check = lambda _: ({"excess": 2.0}, False)
+    with pytest.raises(AssertionError, match="wrong result"):
+        h.turn(benchmark, case, 0, "ours")
+    assert benchmark.extra_info["right"] is False
+    h.end = 0  # no case begins any more
+    with pytest.raises(pytest.skip.Exception, match="no time"):
+        h.turn(Recorded(), case_of("b", ours=broken), 0, "ours")
+    found = report.read({"errors": list(h.errors.values())})
+    assert report.failures(found) == ["op: a: paper: RuntimeError: no memory", "op: b: left out: no time"]
+
+
+def test_on_a_gpu_graphs_are_timed_too(flags_stay: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = Harness(Setting(torch.device("cpu"), tiny=True))
+    monkeypatch.setattr(harness, "captured", lambda call: call)
+    for name, value in (("on_gpu", True), ("_on_gpu", h.clock._on_cpu), ("peak_bytes", lambda _: 7)):
+        monkeypatch.setattr(h.clock, name, value)
+    benchmark, case = Recorded(), case_of("a", ours=lambda: time.sleep(0.002))
+    h.turn(benchmark, case, 0, "ours")
+    assert 2 < benchmark.extra_info["graph_ms"] < 20 and benchmark.extra_info["peak_bytes"] == 7
+    monkeypatch.setattr(harness, "captured", lambda call: broken())
+    with pytest.raises(AssertionError, match="no memory"):
+        h.turn(benchmark, case_of("b", ours=lambda: None), 0, "ours")
+    assert benchmark.extra_info["graph_error"] == "RuntimeError: no memory"
+
+
+def test_what_a_profiler_sees_and_what_is_prepared(flags_stay: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--launch", "--tiny", "--device", "cpu"]) == 0
+    launched = capsys.readouterr().out.splitlines()
+    assert len(launched) == 10 and len({line.partition(":")[0] for line in launched}) == 3
+    assert command.main(["--prepare", "--tiny", "--device", "cpu"]) == 0
+    prepared = [line.split(" s  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert len(prepared) == 4 and prepared[-1] == "training_step: cifar10-6c2f: paper compiled"
+
+
+# ---- the report ----
+
+
+def made_up(op: str, case: str, precision: str = "float32", **variants: dict[str, Any]) -> list[dict[str, Any]]:
+    """Benchmarks of a made-up run: variants by "name__work", with milliseconds or an error, and what else they hold."""
     entries = []
     for key, values in variants.items():
         name, _, work = key.partition("__")
-        entry = {"name": name.replace("_", " "), "work": work or "both", "samples": 256, "flops": None, "bytes": None}
-        for clock in ("ms", "graph_ms"):
-            if clock in values:
-                values = values | {clock: {"median": values[clock], "low": values[clock], "high": values[clock]}}
-        entries.append(entry | values)
-    return {"op": op, "case": case, "precision": precision, "variants": entries}
+        info = {"op": op, "case": case, "precision": precision, "variant": name.replace("_", " ")}
+        if "error" in values:
+            entries.append(info | values)
+            continue
+        info |= {"work": work or "both", "repeat": 0, "samples": 256} | values
+        entries.append({"extra_info": info, "stats": {"median": 1e-3 * info.pop("ms")}})
+    return entries
 
 
-def made_up_run(*cases: dict[str, Any]) -> dict[str, Any]:
-    about = {"gpu": "Imaginary 1", "capability": "1.0", "driver": "1.2", "torch": "2", "cuda": "13", "nvcc": "none"}
-    about |= {"python": "3", "commit": "abc", "command": "none", "date": "2000-01-01", "batch": 256}
-    return {"environment": about, "ceilings": {"copy": 1e12, "float32": 1e13, "tf32": 2e13}, "cases": list(cases)}
+def made_up_run(*cases: list[dict[str, Any]]) -> dict[str, Any]:
+    machine = {
+        "device": "Imaginary 1",
+        "capability": "1.0",
+        "driver": "1.2",
+        "torch": "2",
+        "cuda": "13",
+        "nvcc": "none",
+    }
+    machine |= {"python": "3", "torch_threads": 1, "command": "none", "tiny": False}
+    entries = [entry for case in cases for entry in case]
+    return {
+        "machine_info": machine,
+        "commit_info": {"id": "abc"},
+        "datetime": "2000-01-01T00:00:00",
+        "ceilings": {"copy": 1e12, "float32": 1e13, "tf32": 2e13},
+        "benchmarks": [entry for entry in entries if "stats" in entry],
+        "errors": [entry for entry in entries if "error" in entry],
+    }
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
@@ -299,7 +377,7 @@ def test_targets_are_met_missed_or_not_measured() -> None:
         ),
         made_up(
             "masked_norm",
-            "conv 3x3 32 to 32 on 32x32 density 0.5",
+            "conv 3x3 32x32x32 density 0.5",
             ours__forward={"ms": 1.0, "graph_ms": 1.0},
             streaming__forward={"ms": 4.0, "graph_ms": 2.0},
         ),
@@ -318,7 +396,8 @@ def test_targets_are_met_missed_or_not_measured() -> None:
             plain={"ms": 2.0, "graph_ms": 1.0},
         ),
     )
-    verdicts = {t.title: (t.verdict, t.value and round(t.value, 6)) for t in gpu_report.targets(run)}
+    found = report.targets(report.read(run), run["ceilings"])
+    verdicts = {t.title: (t.verdict, t.value and round(t.value, 6)) for t in found}
     share = "share of the copy's bandwidth"
     expected = {
         f"activation pattern, relu, forward: {share}": ("met", 0.85),
@@ -337,19 +416,15 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert {title: verdicts[title] for title in expected} == expected
 
 
-def test_the_targets_name_cases_that_the_gpu_benchmark_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = {(c.op, c.name, c.precision) for c in gpu.cases(gpu.Setting(torch.device("cpu")))}
-    asked: set[tuple[str, str, str]] = set()
-
-    def find(run: Any, op: str, case: str, precision: str, work: str, name: str) -> None:
-        asked.add((op, case, precision))
-
-    monkeypatch.setattr(gpu_report, "find", find)
-    gpu_report.targets(made_up_run())
-    assert asked and asked <= every
+def test_the_targets_name_variants_that_a_run_on_a_gpu_has() -> None:
+    cases = every_case(Setting(torch.device("cuda")))
+    timed = {"ms": 1.0, "graph_ms": 1.0, "bytes": 1.0}
+    every = [made_up(c.op, c.name, c.precision, **{x.replace(", ", "__"): timed for x in c.labels}) for c in cases]
+    run = made_up_run(*every)
+    assert "not measured" not in {t.verdict for t in report.targets(report.read(run), run["ceilings"])}
 
 
-def test_gpu_report_shows_stages_failures_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_shows_stages_failures_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made_up_run(
         made_up(
             "masked_norm",
@@ -360,50 +435,50 @@ def test_gpu_report_shows_stages_failures_and_rates(tmp_path: Path, capsys: pyte
                 "flops": 5e9,
                 "bytes": 1e8,
                 "iterations": 4,
-                "facts": {"closeness_max": 1.5},
+                "closeness_max": 1.5,
                 "right": False,
             },
             streaming__forward={"ms": 6.0, "graph_ms": 5.0},
-            materialised={"ms": 3.0, "samples": 4, "peak_bytes": 2**21},
-            paper={"error": "CompileError: no | compiler"},
+            materialised={"ms": 3.0, "samples": 4, "peak_bytes": 2**21, "odd": float("nan")},
+            paper_compiled={"error": "CompileError: no | compiler"},
         ),
-        {"op": "margin", "case": "K=10", "precision": "float32", "error": "left out: no time", "variants": []},
+        [{"op": "margin", "case": "K=10", "precision": "tf32", "variant": "", "error": "left out: no time"}],
     )
-    stages, benchmarks = tmp_path / "stages.tsv", tmp_path / "benchmarks.json"
+    stages, path = tmp_path / "stages.tsv", tmp_path / "run.json"
     stages.write_text("build\tpassed\t60\tfine\ntests\ttimed out\t150\t3 passed\n")
-    benchmarks.write_text(json.dumps(run))
+    path.write_text(json.dumps(run))
     out = tmp_path / "out"
-    assert gpu_report.main([str(out), "--stages", str(stages), "--benchmarks", str(benchmarks)]) == 0
+    assert command.main(["--read", str(path), "--stages", str(stages), "--summary", str(out)]) == 0
     printed, text = capsys.readouterr().out, (out / "summary.md").read_text()
     assert "| tests | timed out | 150 | 3 passed |" in printed and "| tests | timed out | 150 | 3 passed |" in text
-    title = "masked_norm: dense 512x512 density 0.1 (float32)"
+    title = "masked_norm: dense 512x512 density 0.1"
     assert f"- {title}: ours, forward: wrong result, {{'closeness_max': 1.5}}" in printed
-    assert "- margin: K=10 (float32): left out: no time" in printed
+    assert "- margin: K=10, tf32: left out: no time" in printed
+    assert "- masked_norm: dense 512x512 density 0.1: paper compiled" not in printed
     # by the graph's time; 5 GFLOP at 10 TFLOP/s take longer than 0.1 GB at 1 TB/s
     rates = "0.25 | 5 | 100 | 50 % (arithmetic)"
     assert f"| ours, forward | 2 (2 to 2) | 1 (1 to 1) | {rates} |  |  | WRONG, closeness max 1.5000 |" in text
     assert "| streaming, forward | 6 (6 to 6) | 5 (5 to 5) |  |  |  |  | 3.00 / 5.00 |  |  |" in text
-    assert "| materialised, both | 3 (3 to 3) |  |  |  |  |  |  | 2 |  |" in text
+    assert "| materialised | 3 (3 to 3) |  |  |  |  |  |  | 2 | odd nan |" in text
     assert "CompileError: no / compiler" in text
     assert "- GPU: Imaginary 1, compute capability 1.0" in text and "- commit: abc" in text
-    values = json.loads((out / "summary.json").read_text())
-    assert values["stages"][1]["result"] == "timed out" and values["cases"] == run["cases"]
+    values = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert values["stages"][1]["result"] == "timed out" and values["errors"] == run["errors"]
     assert {t["verdict"] for t in values["targets"]} == {"not measured"}
+    assert command.main(["--read", str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "3.00x ours, forward (3.00 to 3.00; 5.00)" in printed and "FAILED margin: K=10, tf32: left out" in printed
 
 
-def test_gpu_report_of_a_build_that_failed_needs_no_package(tmp_path: Path) -> None:
+def test_report_of_a_build_that_failed_needs_no_package(tmp_path: Path) -> None:
     (tmp_path / "stages.tsv").write_text("build\tfailed\t9\tno compiler\n")
-    arguments = [str(tmp_path / "out"), "--stages", str(tmp_path / "stages.tsv"), "--benchmarks", "missing.json"]
-    isolated = [sys.executable, "-S", "-m", "bench.gpu_report", *arguments]  # -S: no site-packages
+    arguments = ["--read", "missing.json", "--stages", str(tmp_path / "stages.tsv"), "--summary", str(tmp_path / "out")]
+    isolated = [sys.executable, "-S", "-m", "bench", *arguments]  # -S: no site-packages
     subprocess.run(isolated, cwd=ROOT, check=True, capture_output=True)
     assert "| build | failed | 9 | no compiler |" in (tmp_path / "out" / "summary.md").read_text()
 
 
-def test_ratios_of_the_gpu_report_are_per_sample_and_nan_stays_out_of_its_json() -> None:
-    slow = {"ms": {"median": 8.0}, "samples": 4}
-    assert gpu_report.ratio(slow, {"ms": {"median": 1.0}, "samples": 8}, graph=False) == 16
-    assert gpu_report.ratio(slow, None, graph=False) is None
-    assert gpu_report.without_nan({"a": [float("nan"), 1.5]}) == {"a": ["nan", 1.5]}
+# ---- the GPU check ----
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would check the GPU that is here")

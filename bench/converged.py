@@ -1,57 +1,12 @@
-"""What the benchmark files share: the device, how a function is timed, and converged norms to judge closeness by."""
+"""Converged norms of masked layers in float64, to judge estimates by."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Every variant of a case is timed in turn, this many times over, so that what else the machine does hits all alike.
-REPEATS = 5
-# The materialised baseline takes seconds a call and is hundreds of times slower: two repeats do.
-MATERIALISED_REPEATS = 2
-# Seconds of timed rounds for one variant and repeat; at least one round, whatever it takes.
-BUDGET = 0.5
-MOST_ROUNDS = 50
-
-
-def interleaved(cases: dict[str, Sequence[str]]) -> list[tuple[str, int, str]]:
-    """(case, repeat, variant) in the order to run them: all variants of a case next to each other, again and again."""
-    return [
-        (case, repeat, variant)
-        for case in cases
-        for repeat in range(REPEATS)
-        for variant in cases[case]
-        if variant != "materialised" or repeat < MATERIALISED_REPEATS
-    ]
-
-
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(benchmark: Any, function: Callable[[], object], **facts: object) -> None:
-    """Time `function` with pytest-benchmark, the device's queue drained in every round, and attach `facts`.
-
-    facts: op, case, variant, repeat; samples, for which one call does the work; and what else describes the result.
-    """
-
-    def timed() -> None:
-        function()
-        synchronize()
-
-    start = time.perf_counter()
-    timed()
-    rounds = min(max(round(BUDGET / (time.perf_counter() - start)), 1), MOST_ROUNDS)
-    benchmark.group = f"{facts['op']} {facts['case']}"
-    benchmark.extra_info.update(facts)
-    benchmark.pedantic(timed, rounds=rounds, iterations=1, warmup_rounds=0)
 
 
 def converged_norms(
@@ -104,6 +59,7 @@ def converged_norms(
 
 
 def closeness(estimate: Tensor, converged: Tensor) -> dict[str, float]:
-    """Estimate over converged norm: the mean and the worst over samples. An empty operator counts as exact."""
+    """Estimate over converged norm: mean, least and most over samples. An empty operator counts as exact."""
     ratio = torch.where(converged > 0, estimate.detach().double() / converged, torch.ones_like(converged))
-    return {"closeness_mean": ratio.mean().item(), "closeness_min": ratio.min().item()}
+    mean, low, high = (value.item() for value in (ratio.mean(), ratio.min(), ratio.max()))
+    return {"closeness_mean": mean, "closeness_min": low, "closeness_max": high}
