@@ -35,6 +35,7 @@ from bench.case import DEVICE
 from bench.clock import synchronize
 from locallip_cuda import LocalBounds, local_bounds
 from locallip_cuda.experiments import data, models, report
+from locallip_cuda.experiments.checkpoint import CHECKPOINT_NAME
 from locallip_cuda.experiments.data import Dataset
 from locallip_cuda.experiments.network import load_model
 from locallip_cuda.norms.linear import Convolution
@@ -110,7 +111,7 @@ class Layer:
 def problem(checkpoint: Path | None, data_root: Path | None, samples: int) -> Problem:
     """The network of a checkpoint (a file or the folder of a run) with its test set, or one of `bench.networks`."""
     if checkpoint is not None:
-        path = checkpoint / checkpoint.CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
+        path = checkpoint / CHECKPOINT_NAME if checkpoint.is_dir() else checkpoint
         model, recipe, config = load_model(path)
         dataset = data.load(models.spec(recipe.preset).data, data_root, train=False)
         eps = recipe.eps

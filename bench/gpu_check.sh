@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Build, test, sanitize and time the CUDA part on this machine's GPU; the stages' limits add up to nine minutes:
 #
-#     bench/gpu_check.sh OUT
+#     bench/gpu_check.sh OUT [STAGE...]
 #
-# OUT gets a log of every stage, summary.json and summary.md. The exit status is 0 when every stage passed; a stage that
-# fails stops no other, but without a build there is none. Nothing is downloaded: torch, numpy, pytest, pytest-benchmark,
-# setuptools and what else the package needs come from PYTHON (python3), nvcc, compute-sanitizer and ncu from the CUDA
-# toolkit. Tests that need a Python package which is missing are left out, and the summary names them.
+# STAGE: kernels, tests, memcheck, racecheck, initcheck, prepare, benchmarks, counters; all of them where none is named,
+# and the build in any case. OUT gets a log of every stage, summary.json and summary.md. The exit status is 0 when every
+# stage passed; a stage that fails stops no other, but without a build there is none. Nothing is downloaded: torch,
+# numpy, pytest, pytest-benchmark, setuptools and what else the package needs come from PYTHON (python3), nvcc,
+# compute-sanitizer and ncu from the CUDA toolkit. Tests that need a Python package which is missing are left out, and
+# the summary names them.
 #
 # The package is installed into a temporary folder, not into the environment, and the tests and benchmarks run from a
 # copy beside it, where the sources cannot be imported in its stead. LOCALLIP_COMMIT names the commit where this is no
@@ -16,15 +18,22 @@
 # shellcheck disable=SC2016,SC2329
 set -uo pipefail
 
-if [ $# -ne 1 ]; then
-  echo "usage: bench/gpu_check.sh OUT" >&2
+if [ $# -lt 1 ]; then
+  echo "usage: bench/gpu_check.sh OUT [STAGE...]" >&2
   exit 2
 fi
+every=(kernels tests memcheck racecheck initcheck prepare benchmarks counters)
+asked=("${@:2}")
+[ ${#asked[@]} -gt 0 ] || asked=("${every[@]}")
 
 stop() {
   echo "gpu_check: $1" >&2
   exit 2
 }
+
+for name in "${asked[@]}"; do
+  [[ " ${every[*]} " == *" $name "* ]] || stop "STAGE: got $name, want any of ${every[*]}"
+done
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -44,10 +53,12 @@ commit=
 LOCALLIP_COMMIT=${commit:-${LOCALLIP_COMMIT:-unknown}}
 export python work LOCALLIP_COMMIT PATH PYTHONUNBUFFERED=1
 
-# stage NAME SECONDS COMMAND...: run within the time limit, its output in OUT/NAME.log, its outcome in the summary
+# stage NAME SECONDS COMMAND...: run within the time limit, if it was asked for, its output in OUT/NAME.log, its outcome
+# in the summary
 stage() {
   local name=$1 limit=$2 start=$SECONDS status=0 result=passed note
   shift 2
+  [[ $name == build || " ${asked[*]} " == *" $name "* ]] || return 0
   timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null || status=$?
   case $status in
     0) ;;
@@ -92,7 +103,9 @@ for path in sorted(Path("tests").glob("test_*.py")):
         print(path)
 END
   mapfile -t files <"$work/device_tests"
-  "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) > 6 ? $(nproc) - 4 : 1))" --dist worksteal)
+  # nproc takes OMP_NUM_THREADS for the number of processors
+  local processors && processors=$(env -u OMP_NUM_THREADS nproc)
+  "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$((processors > 6 ? processors - 4 : 1))" --dist worksteal)
   # "gpu": tests that need one and have no device in their names; those of this script's own parts are none
   "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" -k "(cuda or gpu) and not test_bench" "${files[@]}" |
     tee "$work/tests.txt"
@@ -164,7 +177,7 @@ if grep -q $'\tpassed\t' "$work/stages/build"; then
   # without "closeness": it trains networks for minutes, and what it shows is no matter of the GPU
   stage benchmarks 145 "$python" -m bench -k "not closeness" --seconds 120 --output "$work/benchmarks.json"
   stage counters 85 bash -c counters
-  stages+=(kernels tests memcheck racecheck initcheck prepare benchmarks counters)
+  stages+=("${asked[@]}")
 else
   tail -n 20 "$out/build.log"
 fi
