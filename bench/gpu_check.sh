@@ -45,7 +45,10 @@ PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # behind what is there: nvcc on PAT
 mkdir -p "$1" || stop "cannot write to $1"
 out=$(cd "$1" && pwd)
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# killed, it leaves nothing running: `timeout` gives what it runs a process group of its own, and hands signals on
+# shellcheck disable=SC2046
+trap 'kill $(cat "$work"/stages/*.pid 2>/dev/null) 2>/dev/null; rm -rf "$work"' EXIT
+trap 'exit 143' TERM INT
 mkdir "$work/stages" "$work/tree"
 cp -R "$root"/{bench,tests,build_support,csrc,pyproject.toml} "$work/tree"
 commit=
@@ -59,7 +62,10 @@ stage() {
   local name=$1 limit=$2 start=$SECONDS status=0 result=passed note
   shift 2
   [[ $name == build || " ${asked[*]} " == *" $name "* ]] || return 0
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null || status=$?
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null &
+  echo $! >"$work/stages/$name.pid"
+  wait $! || status=$?
+  rm -f "$work/stages/$name.pid"
   case $status in
     0) ;;
     124 | 137) result="timed out" ;;
@@ -107,7 +113,8 @@ END
   local processors && processors=$(env -u OMP_NUM_THREADS nproc)
   "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$((processors > 6 ? processors - 4 : 1))" --dist worksteal)
   # "gpu": tests that need one and have no device in their names; those of this script's own parts are none
-  "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" -k "(cuda or gpu) and not test_bench" "${files[@]}" |
+  # by name: a run that is cut short must say what failed
+  "$python" -m pytest -v -p no:cacheprovider "${parallel[@]}" -k "(cuda or gpu) and not test_bench" "${files[@]}" |
     tee "$work/tests.txt"
   status=${PIPESTATUS[0]}
   [ -s "$work/left_out" ] && echo "$(tail -n 1 "$work/tests.txt"); left out: $(paste -s -d ';' "$work/left_out")"

@@ -135,9 +135,13 @@ void stream_masked_norm(MaskedNorm& in) {
 }
 
 #if defined(LOCALLIP_CUDA) || defined(LOCALLIP_EMULATED_CUDA)
-// The one place that chooses how a GPU computes norms: on chip in one kernel where the layer fits and needs no restart,
-// else by the streaming path (false); convolutions in TF32 stream too, because there the library's products are the
-// faster (by 1.2 to 1.4 on an H200). LOCALLIP_STREAMING=1 or 0 decides it, for measuring one against the other.
+// The fewest iterations from which on the kernel of a convolution is the faster one: below, its phases beside the
+// iteration cost more than the library's products of whole batches (measured on an H200, B = 256).
+constexpr int64_t kLeast = 1, kLeastInTf32 = 4;
+
+// The one place that chooses how a GPU computes norms: on chip in one kernel where the layer fits, needs no restart and
+// has iterations enough, else by the streaming path (false). LOCALLIP_STREAMING=1 or 0 decides it, for measuring one
+// against the other.
 bool resident_masked_norm(MaskedNorm& in) {
   const Tensor& weight = in.op.weight;
 #ifndef LOCALLIP_EMULATED_CUDA
@@ -145,7 +149,8 @@ bool resident_masked_norm(MaskedNorm& in) {
 #endif
   const char* asked = std::getenv("LOCALLIP_STREAMING");
   const std::string streaming = asked ? asked : "";
-  if (streaming == "1" || (streaming != "0" && weight.dim() == 4 && tf32_is_wanted())) return false;
+  const int64_t least = weight.dim() == 2 ? 0 : tf32_is_wanted() ? kLeastInTf32 : kLeast;
+  if (streaming == "1" || (streaming != "0" && in.iterations < least)) return false;
   if (in.iterations + 1 > kWindow) return false;
   const auto iterations = static_cast<int>(in.iterations);
   const auto slots = [&](int64_t count, int64_t units) { return at::empty({count, in.batch, units}, in.options()); };
