@@ -141,8 +141,8 @@ def masked_norm(
     dimensions (Golub-Kahan-Lanczos with full orthogonalisation, restarted past 16 dimensions), so it is never above the
     true norm but for rounding. It is an estimate for training, not a certificate: that is :func:`masked_norm_bound`.
     Kernels that stay on a GPU's chip (at most 15 iterations) orthogonalise against the last vector alone: the same but
-    for rounding, which for a float32 convolution is TF32's, about 1e-3, where
-    ``torch.backends.cuda.matmul.allow_tf32`` is set.
+    for rounding. On a GPU that is TF32's for float32 weights, about 1e-3, where
+    ``torch.backends.cuda.matmul.allow_tf32`` or ``torch.set_float32_matmul_precision`` asks for it.
 
     Args:
         weight: (m, n), or (Cout, Cin/groups, *kernel) for a zero-padded convolution over one to three dimensions;
