@@ -13,7 +13,7 @@ VENV ?= .venv
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
-COMPILED = setup.py pyproject.toml $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
+COMPILED = setup.py pyproject.toml $(wildcard build_support/*.py) $(filter-out %.toml,$(wildcard csrc/*.* csrc/*/*.*))
 
 .PHONY: demo test pytest emulated lint ruff mypy clang-format bench FORCE
 
@@ -39,7 +39,8 @@ mypy: $(VENV)/installed-test
 	$(BIN)/python -m mypy
 
 clang-format: $(VENV)/installed-test
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror \
+	    $(filter-out %.toml,$(wildcard csrc/*.* csrc/*/*.*)) $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m bench
