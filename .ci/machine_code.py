@@ -79,8 +79,7 @@ def add_loops(kernels: dict[str, Kernel], cubin: Path) -> None:
                 body = code[first:last]
                 bad = sorted({found[1] for line in body if (found := FORBIDDEN.search(line))})
                 kernels[name].loops.append((sum("HMMA" in line for line in body), len(body), bad))
-        if name in kernels:
-            kernels[name].loops.sort(reverse=True)
+        kernels[name].loops.sort(reverse=True)
 
 
 def wrong(name: str, kernel: Kernel, budget: dict[str, object] | None) -> list[str]:

@@ -57,9 +57,10 @@ def load_extension() -> ModuleType:
 
 def _find() -> ModuleSpec:
     # With the repository's root as working directory the package is the source tree, and __path__ goes on with the
-    # installed one. Last first: the installed extension is newer than one an editable install once left in the tree.
-    folders = list(sys.modules[__package__].__path__)
-    spec = PathFinder.find_spec(_NAME, folders[::-1])
+    # installed one, whose extension is newer than one an editable install once left in the tree. Of several that are
+    # installed it is the first, whose Python files are used too.
+    folders = sorted(sys.modules[__package__].__path__, key=lambda folder: Path(folder).with_name("setup.py").exists())
+    spec = PathFinder.find_spec(_NAME, folders)
     if spec is None or not str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES)):
         others = [str(file) for folder in folders for file in Path(folder).glob("_C.*.so")]
         raise ImportError(

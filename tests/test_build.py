@@ -308,6 +308,17 @@ def test_import_from_the_root_takes_the_installed_extension(project, tmp_path):
     assert built_for == torch.__version__
 
 
+def test_of_several_that_are_installed_the_first_counts(project, tmp_path):
+    """Python files and extension alike."""
+    for answer in (44, 45):
+        project.write("csrc/cpu/answer.cpp", f'#include "answer.h"\nint answer() {{ return {answer}; }}\n')
+        project.wheel().extractall(tmp_path / str(answer))
+    code = "import sys; sys.path.remove(''); import locallip_cuda as ll; print(ll.__file__, ll.answer())"
+    for first, second in ((44, 45), (45, 44)):
+        file, answer = project.python(code, tmp_path / str(first), tmp_path / str(second)).split()
+        assert Path(file).is_relative_to(tmp_path / str(first)) and answer == str(first)
+
+
 def test_wheel_holds_no_deleted_module(project):
     module = project.folder / "locallip_cuda" / "gone.py"
     module.touch()

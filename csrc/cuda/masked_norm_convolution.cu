@@ -491,7 +491,6 @@ struct Convolution {
         const int unit = (row * target.width + col) * target.channels;
         const unsigned readers = readers_of(target, row);
         float* here = target.data() + target.frame.at(row, col);
-        float part = 0;  // eight squares in float32
         const uint32_t keep =
             target.mask()[((row - target.own.begin) * target.width + col) * target.words() + channel0 / 32];
 #pragma unroll
@@ -506,11 +505,10 @@ struct Convolution {
               if (old_factor != 0) value -= old_factor * here[channel];
               value = rounded(value);
             }
-            part += value * value;
+            square += static_cast<double>(value) * static_cast<double>(value);  // float32's would underflow
             store(target, here + channel, readers, value);
             if (slot) slot[unit + channel] = value;
           }
-        square += part;
       }
     return square;
   }

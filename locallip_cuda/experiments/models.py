@@ -183,8 +183,6 @@ def build(
     """A new network: Conv2d layers, Flatten, Linear layers, an activation after each but the last; or a LiResNet.
 
     name: one of `MODELS`.   activation: one of `ACTIVATIONS`.
-    blocks, channels: of a residual network; 0 for a plain one. Of that, ``convolutions`` is the stem alone, and
-    ``hidden`` the dense neck.
     threshold: initial threshold of clipped ReLU (default: the recipe's, `spec(name).threshold`).
     clip: initial upper = -lower of clipped MaxMin at the first and at the last activation, linear between
     (default: the recipe's, `spec(name).clip`).

@@ -34,7 +34,8 @@ def affine(
     It differs from torch's own in its backward pass on a CPU, which leaves out leading and trailing samples whose
     gradient is zero: where the ball bounds every unit, that is the box's half of the batch. Under autocast to bfloat16
     the products are taken in bfloat16, forward and backward. TF32 is taken only where
-    ``torch.backends.cuda.matmul.allow_tf32`` or ``torch.set_float32_matmul_precision`` asks for it.
+    ``torch.backends.cuda.matmul.allow_tf32`` or ``torch.set_float32_matmul_precision`` asks for it; the
+    gradient of a convolution's weight takes it where torch lets cuDNN, as it does by default.
     """
     device = weight.device.type
     bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16

@@ -30,7 +30,7 @@ def at(path: str) -> str:
 
 @contextmanager
 def without_autocast(device_type: str) -> Iterator[None]:
-    # torch.compile, which torch 2.11 lets not ask, has no devices of whose autocast torch knows nothing
+    # not asked while compiling, which Dynamo of torch 2.11 cannot trace: what it compiles for has autocast
     if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device_type):
         yield
         return

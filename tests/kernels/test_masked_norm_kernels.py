@@ -199,6 +199,18 @@ def test_convolution_far_from_one(device: str, scale: float) -> None:
     check(weight, rows, columns, [2, 4, 5, 5], conv, 3, device, 1e-5)
 
 
+def test_survivors_far_below_the_largest_weight(device: str) -> None:
+    """Whose squares float32 does not have: such a norm is small, and it must not be taken for none."""
+    weight = torch.randn(6, 4, 3, 3, generator=generator(0))
+    weight[:, 1:] *= 1e-25
+    columns = torch.ones(2, 4, 5, 5, dtype=torch.bool, device=device)
+    columns[:, 0] = False
+    conv = [[1, 1], [1, 1], [1, 1], 1]
+    sigma, _, _ = ops.masked_norm(weight.to(device), None, columns, None, [2, 4, 5, 5], *conv, 3)
+    true = true_norms(weight, None, columns.cpu(), (4, 5, 5), **keywords(weight, conv))
+    assert (sigma.cpu().double() > 0.1 * true).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("iterations", [3, 20])
 def test_streaming_convolution(device: str, dtype: torch.dtype, iterations: int) -> None:
