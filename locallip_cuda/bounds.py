@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .norms.linear import LinearMap
 from .norms.linear_bound import converged_norm
 from .norms.masked_norm import (
     TIGHTNESS,
@@ -23,13 +24,15 @@ from .norms.masked_norm import (
 )
 from .norms.operator import described
 from .propagation import agreement
+from .propagation.composition import Chain, chains, check_window, last_chain, radii
 from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
 from .propagation.estimate import Fact as EstimatedFact
-from .propagation.graph import Graph, joined_radius, lowered, output_classes, traced
+from .propagation.functional import Functional, Lengths, functional, lengths
+from .propagation.graph import Graph, Layer, joined_radius, lowered, output_classes, traced
 from .propagation.proof import Fact as ProvedFact
-from .propagation.proof import Proof, check_provable, gains, last_weight, term_norm
+from .propagation.proof import Proof, check_provable, gains, last_weight, proved_lengths, term_norm
 from .propagation.proof import affine as proved_affine
-from .propagation.recursion import LayerBound
+from .propagation.recursion import ChainBound, LayerBound
 from .propagation.training_norms import TrainingNorms
 from .rounding import textbook_products, up
 
@@ -69,7 +72,9 @@ class LocalBounds:
             one for each. A norm of an estimate is a Ritz value, below the true norm but for rounding; one that all
             samples share is the global norm's.
         last: one a value that the logits are affine in: features, box, radius, rows of the last layer.
-        sparsity_terms, graph: what the losses and global_lipschitz are made of.
+        composed: one record a norm of two maps or more in a row, where ``window`` is above 1: as ``layers``, with the
+            maps' masks between them, and without column_mask.
+        sparsity_terms, graph, functional: what the losses, global_lipschitz and the margin are made of.
     """
 
     logits: Tensor
@@ -77,9 +82,11 @@ class LocalBounds:
     eps: Tensor
     guarantee: str
     layers: list[LayerBound]
+    composed: list[ChainBound]
     last: list[LastTerm]
     sparsity_terms: Tensor
     graph: Graph
+    functional: Functional | None
 
     @property
     def layer_norms(self) -> Tensor:
@@ -131,15 +138,24 @@ class LocalBounds:
         hides, on its own batches and masks. ``closeness.prod(1)`` is, in a chain, the closeness of ``lipschitz``. Above
         1 is only a norm that all samples share (:class:`locallip_cuda.TrainingNorms`).
         """
+        return self._closeness(self.layers)
+
+    @cached_property
+    def composed_closeness(self) -> Tensor:
+        """(B, chains) the same of the norms in ``composed``."""
+        return self._closeness(self.composed)
+
+    def _closeness(self, records: Sequence[ChainBound]) -> Tensor:
         ratios = []
-        for layer in self.layers:
-            converged = converged_norm(layer.linear, layer.row_mask, layer.input_mask, len(self.eps))
-            ratios.append(layer.norm.detach().double() / converged)
-        return torch.stack(ratios, 1).nan_to_num(nan=1.0) if ratios else self.layer_norms.detach().double()
+        for record in records:
+            converged = converged_norm(record.linear, record.row_mask, record.input_mask, len(self.eps))
+            ratios.append(record.norm.detach().double() / converged)
+        none = torch.ones(len(self.eps), 0, dtype=torch.float64, device=self.eps.device)
+        return torch.stack(ratios, 1).nan_to_num(nan=1.0) if ratios else none
 
     @cached_property
     def global_lipschitz(self) -> Tensor:
-        """() ``lipschitz`` by the global (unmasked) operator norms; an estimate."""
+        """() ``lipschitz`` by the global (unmasked) operator norms, of which none is composed; an estimate."""
         with torch.no_grad():
             norms = [converged_norm(layer.linear, None, None, 1).to(self.logits.dtype) for layer in self.layers]
             return _lipschitz(self.graph, norms, self.logits.new_ones(1), _identity)[0][0]
@@ -157,7 +173,8 @@ class LocalBounds:
         """(B, K): logit y as it is, logit j plus the most it can gain on logit y over the ball and the box.
 
         The gain is the dual of max (w_j - w_y) . delta over ||delta|| <= radius, lower <= features + delta <= upper:
-        an upper bound of the maximum whatever its multiplier. Differentiable in all it depends on.
+        an upper bound of the maximum whatever its multiplier. Where norms are composed it is the smaller of that and
+        the last layers' functional, w_j - w_y through the last ``window`` layers. Differentiable in all it depends on.
 
         Args:
             y: (B,) int64 labels in [0, K).
@@ -165,7 +182,10 @@ class LocalBounds:
         self.check_labels(y)
         worst = self.logits
         for t in self.last:
-            worst = worst + ops.margin(t.features, t.lower, t.upper, t.radius, t.weight, y)
+            gain = ops.margin(t.features, t.lower, t.upper, t.radius, t.weight, y)
+            if self.functional is not None:
+                gain = torch.minimum(gain, self.functional.gains(t.weight, y, lengths, _identity))
+            worst = worst + gain
         return worst
 
     def _check_classes(self) -> None:
@@ -208,12 +228,14 @@ class ProvedBounds(LocalBounds):
             seed.
         seed: of the random vectors, if one was given; it voids the probabilistic guarantee.
         share: of the failure probability, for each norm of global_lipschitz.
+        lengths: of the functional's vectors, from above.
     """
 
     logit_error: Tensor
     failure_probability: float
     seed: int | None
     share: float
+    lengths: Lengths
 
     @property
     def feature_error(self) -> Tensor:
@@ -226,7 +248,7 @@ class ProvedBounds(LocalBounds):
 
     @cached_property
     def global_lipschitz(self) -> Tensor:
-        """() ``lipschitz`` by the global operator norms, under the same guarantee."""
+        """() ``lipschitz`` by the global operator norms, of which none is composed, under the same guarantee."""
         one = self.logits.new_ones(1)
         with torch.no_grad(), textbook_products(one.device.type):
             more = (None, None, 1, self.guarantee, self.share, TIGHTNESS, self.seed)
@@ -253,6 +275,8 @@ class ProvedBounds(LocalBounds):
             for t in self.last:
                 error = torch.zeros_like(t.features) if t.error is None else t.error
                 found = gains(t.features, error, t.lower, t.upper, t.radius, t.weight, y, t.weight_error)
+                if self.functional is not None:
+                    found = torch.minimum(found, self.functional.gains(t.weight, y, self.lengths, up))
                 gain = found if len(self.last) == 1 else up(gain + found)
         label = y.unsqueeze(1)
         excess = up(up(self.logits - self.logits.gather(1, label)) + gain)
@@ -268,13 +292,22 @@ def _together(parts: list[Tensor]) -> Tensor:
 
 
 def _lipschitz(
-    graph: Graph, norms: Sequence[Tensor], one: Tensor, rounded: Callable[[Tensor], Tensor]
+    graph: Graph,
+    norms: Sequence[Tensor],
+    one: Tensor,
+    rounded: Callable[[Tensor], Tensor],
+    of: Mapping[Layer, Sequence[Chain]] | None = None,
+    chain_norms: Mapping[Layer, Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(B,) of the map to the head's facts together, and to each."""
-    if graph.is_chain and norms and rounded is _identity:
+    """(B,) of the map to the head's facts together, and to each: their radii at 1, in a chain the product of norms.
+
+    of, chain_norms: the chains of layers that are composed, and their norms; None where none are.
+    """
+    if graph.is_chain and norms and rounded is _identity and not any((chain_norms or {}).values()):
         own = [torch.stack([norm.expand_as(one) for norm in norms], 1).prod(1)]
     else:
-        found = graph.radii(one, norms, rounded)
+        none = {layer: () for layer in graph.layers}
+        found = radii(graph, one, norms, of or none, chain_norms or none, rounded)
         own = [found[term.source] for term in graph.head.terms]
     return own[0] if len(own) == 1 else joined_radius(own, rounded), own
 
@@ -297,14 +330,15 @@ def _check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
 
 
-def _check_norms(norms: TrainingNorms, graph: Graph, guarantee: str = "estimate") -> None:
+def _check_norms(norms: TrainingNorms, graph: Graph, window: float, guarantee: str = "estimate") -> None:
     if not isinstance(norms, TrainingNorms):
         raise TypeError(f"norms: got {described(norms)}, want a locallip_cuda.TrainingNorms or None")
     if guarantee != "estimate":
         raise ValueError(f"norms: got some under guarantee {guarantee!r}, want None: they prove nothing")
-    operators = len(graph.operators)
-    if len(norms.iterations) != operators:
-        raise ValueError(f"norms: got those of {len(norms.iterations)} operators, want model's {operators}")
+    single, composed = len(graph.operators), sum(map(len, chains(graph, window).values()))
+    if len(norms.iterations) != single + composed:
+        more = f" and {composed} chains within a window of {window}" if composed else ""
+        raise ValueError(f"norms: got those of {len(norms.iterations)} operators, want model's {single}{more}")
 
 
 def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
@@ -344,6 +378,7 @@ def local_bounds(
     seed: int | None = None,
     norms: TrainingNorms | None = None,
     y: Tensor | None = None,
+    window: float = 1,
 ) -> LocalBounds:
     """Bounds of ``model`` over the l2 ball of radius ``eps`` around each sample of ``x``, differentiable in both, once,
     unless they are to be proved.
@@ -364,6 +399,11 @@ def local_bounds(
         iterations: of :func:`locallip_cuda.masked_norm`, per layer, for the estimate. Samples from which no row or
             column of a layer goes share one norm, of 15 iterations or more. ``closeness`` of the result says how much
             of the true norms they see.
+        window: how many maps in a row, with the masks between them, are one operator before its norm is taken, at
+            most (docs/composition.md). 1 is the paper's product of norms; more is tighter, and costs more norms;
+            ``math.inf`` composes all there is. Composed are layers that follow each other, of one map each, with
+            activations whose slopes are known, as ReLU's and its clipped one's; behind any other the window begins
+            anew. A window above 1 also bounds the margin by the last layers' functional, through as many layers.
         norms: the state of a training's norms, in place of ``iterations``: in training they keep the estimate close.
         y: (B,) int64 labels, which choose where ``norms`` start.
         guarantee: "estimate": differentiable, for training; norms are Rayleigh quotients, which can be too small, so
@@ -381,17 +421,20 @@ def local_bounds(
     if radius not in ("local", "global"):
         raise ValueError(f"radius: got {radius!r}, want 'local' or 'global'")
     _check_iterations(iterations)
+    check_window(window)
+    if window > 1 and radius == "global":
+        raise ValueError(f"window: got {window} with radius='global', want 1: the paper's bound composes nothing")
     check_input(x)
     trace = traced(model, x)
     classes = output_classes(trace)
     if guarantee == "estimate":
         graph = lowered(trace, x.dtype)
         if norms is not None:
-            _check_norms(norms, graph, guarantee)
+            _check_norms(norms, graph, window, guarantee)
             _check_labels(y, len(x), classes)
-        radii = _radius_of_input(eps, x)
-        estimate = Estimate(radius, iterations, norms, y)
-        estimated = _estimated(graph, estimate, estimate.run(graph, x, radii), radii)
+        at_input = _radius_of_input(eps, x)
+        estimate = Estimate(radius, iterations, norms, y, window=window)
+        estimated = _estimated(graph, estimate, estimate.run(graph, x, at_input), at_input)
         if agreement.is_due(model, x, proof=False):
             agreement.check(model, trace, x, estimated.logits)
         return estimated
@@ -399,10 +442,11 @@ def local_bounds(
         graph = lowered(trace, torch.float64, proof=True)
         check_provable(model, trace, graph)
         if norms is not None:
-            _check_norms(norms, graph, guarantee)
-        radii = _radius_of_input(eps, x.double())
-        proof = Proof(radius, guarantee, failure_probability, seed, len(graph.operators))
-        bounds = _proved(graph, proof, proof.run(graph, x, radii), radii, failure_probability)
+            _check_norms(norms, graph, window, guarantee)
+        at_input = _radius_of_input(eps, x.double())
+        count = len(graph.operators) + sum(map(len, chains(graph, window).values()))
+        proof = Proof(radius, guarantee, failure_probability, seed, count, window=window)
+        bounds = _proved(graph, proof, proof.run(graph, x, at_input), at_input, failure_probability)
         if agreement.is_due(model, x, proof=True):
             agreement.check(model, trace, x, bounds.logits)
         return bounds
@@ -415,6 +459,7 @@ def global_bounds(
     *,
     iterations: int = GLOBAL_ITERATIONS,
     norms: TrainingNorms | None = None,
+    window: float = 1,
 ) -> LocalBounds:
     """The plain global bound, in the shape of a local one: every row and column stays, and no box helps; an estimate.
 
@@ -425,17 +470,20 @@ def global_bounds(
         model, x, eps, errors: as for :func:`local_bounds`.
         iterations: of each norm, where there are no ``norms``.
         norms: the state of a training's norms: each starts where the last call's ended, and takes 15.
+        window: as for :func:`local_bounds`; above 1 it is LipLT (Fazlyab, Entesari, Roy, Chellappa, NeurIPS 2023,
+            arXiv:2310.00116).
     """
     _check_iterations(iterations)
+    check_window(window)
     check_input(x)
     trace = traced(model, x)
     output_classes(trace)
     graph = lowered(trace, x.dtype)
     if norms is not None:
-        _check_norms(norms, graph)
-    radii = _radius_of_input(eps, x)
-    plain = Global(iterations, norms)
-    bounds = _estimated(graph, plain, plain.run(graph, x, radii), radii)
+        _check_norms(norms, graph, window)
+    radius = _radius_of_input(eps, x)
+    plain = Global(iterations, norms, window=window)
+    bounds = _estimated(graph, plain, plain.run(graph, x, radius), radius)
     if agreement.is_due(model, x, proof=False):
         agreement.check(model, trace, x, bounds.logits)
     return bounds
@@ -443,13 +491,13 @@ def global_bounds(
 
 def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps: Tensor) -> LocalBounds:
     head, last = graph.head, []
-    radii = [fact.radius for fact in facts]
+    far = [fact.radius for fact in facts]
     norms = [layer.norm for layer in done.layers]
-    lipschitz, own = _lipschitz(graph, norms, torch.ones_like(eps), _identity)
+    lipschitz, own = _lipschitz(graph, norms, torch.ones_like(eps), _identity, done.chains, done.chain_norms)
     if not done.local:
-        radii = [eps * each for each in own]
+        far = [eps * each for each in own]
     logits: Tensor | None = None
-    for term, fact, radius in zip(head.terms, facts, radii, strict=True):
+    for term, fact, radius in zip(head.terms, facts, far, strict=True):
         features, centre, half_width = box_of(fact)
         part = affine(term.linear, features, head.bias if logits is None else None)
         logits = part if logits is None else logits + part
@@ -463,9 +511,11 @@ def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps
         eps=eps,
         guarantee="estimate",
         layers=done.layers,
+        composed=done.composed,
         last=last,
         sparsity_terms=torch.stack(done.sparsity_terms or none),
         graph=graph,
+        functional=_functional(graph, done, facts[0].columns, far[0]),
     )
 
 
@@ -473,13 +523,13 @@ def _proved(
     graph: Graph, done: Proof, facts: Sequence[ProvedFact], eps: Tensor, failure_probability: float
 ) -> ProvedBounds:
     head, last = graph.head, []
-    radii = [fact.radius for fact in facts]
+    far = [fact.radius for fact in facts]
     norms = [layer.norm for layer in done.layers]
-    lipschitz, own = _lipschitz(graph, norms, torch.ones_like(eps), up)
+    lipschitz, own = _lipschitz(graph, norms, torch.ones_like(eps), up, done.chains, done.chain_norms)
     if not done.local:
-        radii = [up(eps * each) for each in own]
+        far = [up(eps * each) for each in own]
     logits, logit_error = proved_affine(head.terms, head, [(fact.values, fact.error) for fact in facts])
-    for term, fact, radius in zip(head.terms, facts, radii, strict=True):
+    for term, fact, radius in zip(head.terms, facts, far, strict=True):
         weight, weight_error = last_weight(term)
         features, lower, upper = (t.flatten(1) for t in (fact.values, *fact.end_points()))
         last.append(LastTerm(features, lower, upper, radius, weight, fact.error.flatten(1), weight_error))
@@ -489,11 +539,25 @@ def _proved(
         eps=eps,
         guarantee=done.guarantee,
         layers=done.layers,
+        composed=done.composed,
         last=last,
         sparsity_terms=torch.stack(done.sparsity_terms or [logits.new_zeros(2)]),
         graph=graph,
+        functional=_functional(graph, done, facts[0].columns, far[0]),
         logit_error=logit_error,
         failure_probability=stated_failure_probability(done.guarantee, failure_probability, done.seed),
         seed=done.seed,
         share=failure_probability / max(len(norms), 1),
+        lengths=proved_lengths(done.stages, last[0].weight_error),
     )
+
+
+def _functional(graph: Graph, done: Estimate | Proof, columns: Tensor | None, radius: Tensor) -> Functional | None:
+    """Through as many layers as are composed; None where norms are not."""
+    if done.window == 1 or len(graph.head.terms) > 1:
+        return None
+    live: dict[Layer, LinearMap] = {}
+    chain = last_chain(graph, done.window)
+    for layer in chain.layers:
+        live[layer] = layer.terms[0].linear.with_weights(torch.clone)
+    return functional(chain, live.__getitem__, done.rows, done.inputs, done.closings, columns, radius)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .bounds import local_bounds
 from .norms.masked_norm import ESTIMATE_ITERATIONS, check_guarantee, stated_failure_probability
+from .propagation.composition import check_window
 
 
 class Certificate(NamedTuple):
@@ -42,6 +43,7 @@ def certify(
     guarantee: str = "probabilistic",
     failure_probability: float = 1e-9,
     seed: int | None = None,
+    window: float = 1,
 ) -> Certificate:
     """Certify the predictions of ``model`` on ``x`` (B, *input) against l2 perturbations up to ``eps``.
 
@@ -49,7 +51,8 @@ def certify(
     are stored: no input within ``eps`` of the sample has another class. It is wrong with at most
     ``failure_probability`` for a sample under guarantee "probabilistic", whose random vectors are fresh at every call
     (a ``seed`` repeats them, and voids it), and never under "deterministic"; "estimate" proves nothing. Memory grows
-    with B, so certify many samples in batches. Arguments, errors and dtypes as :func:`locallip_cuda.local_bounds`.
+    with B, so certify many samples in batches. A ``window`` above 1 composes norms and certifies more. Arguments,
+    errors and dtypes as :func:`locallip_cuda.local_bounds`.
 
     A model has two outputs or more. To certify the sign of a single output w . h + b, give it the Linear with weight
     [-w, w] and bias [-b, b] as its last layer: class 1 is the positive sign, and the margin is twice |w . h + b|'s.
@@ -62,6 +65,7 @@ def certify(
         guarantee=guarantee,
         failure_probability=failure_probability,
         seed=seed,
+        window=window,
     )
     margin = b.margin()
     prediction = b.logits.argmax(1)
@@ -77,22 +81,25 @@ def certified_radius(
     tolerance: float = 1e-3,
     guarantee: str = "probabilistic",
     failure_probability: float = 1e-9,
+    window: float = 1,
 ) -> Tensor:
     """(B,) the largest radius up to ``max_eps`` found by bisection at which :func:`certify` certifies each sample.
 
     Every radius returned was itself certified, under ``guarantee``; 0 where none was. Certificates need not be monotone
     in eps (the masks depend on it), so a larger one may exist. ``tolerance`` is absolute; ``failure_probability`` is
-    shared by all certificates tried. float64 for a proof, because a rounded radius was not certified.
+    shared by all certificates tried. float64 for a proof, because a rounded radius was not certified. ``window`` as for
+    :func:`certify`.
     """
     for name, value in (("max_eps", max_eps), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise ValueError(f"{name}: got {value!r}, want a finite number > 0")
     check_guarantee(guarantee, failure_probability)
+    check_window(window)
     halvings = max(math.ceil(math.log2(max_eps / tolerance)), 0)
 
     def certified(samples: Tensor, eps: float | Tensor) -> Tensor:
         share = failure_probability / (halvings + 1)
-        return certify(model, samples, eps, guarantee=guarantee, failure_probability=share).certified
+        return certify(model, samples, eps, guarantee=guarantee, failure_probability=share, window=window).certified
 
     everywhere = certified(x, float(max_eps))
     dtype = x.dtype if guarantee == "estimate" else torch.float64

@@ -62,7 +62,8 @@ from locallip_cuda.norms import masked_norm as norms
 from locallip_cuda.ops.reference import pseudo_random
 
 PROOFS = ["probabilistic", "deterministic"]
-RADII: list[Literal["local", "global"]] = ["local", "global"]
+# ways to bound: of which the last one composes norms
+HOW: list[dict[str, Any]] = [{"radius": "local"}, {"radius": "global"}, {"window": math.inf}]
 every_proof = pytest.mark.parametrize("guarantee", PROOFS)
 
 
@@ -377,8 +378,9 @@ def test_unsound_certificates_are_broken_and_proofs_hold(name: str) -> None:
     point = attack.pgd(model, x, prediction, eps, steps=200, generator=generator(0))
     assert falls(model, point, x, eps, int(prediction)), "the attack does not find the point"
     for guarantee in PROOFS:
-        certificate = ll.certify(model, x, eps, guarantee=guarantee)
-        assert not certificate.certified, guarantee
+        for window in (1, math.inf):
+            certificate = ll.certify(model, x, eps, guarantee=guarantee, window=window)
+            assert not certificate.certified, (guarantee, window)
         smaller = ll.certify(model, x, 0.4 * eps, guarantee=guarantee)
         assert smaller.certified, "the proof is refused whatever the ball"
 
@@ -447,15 +449,15 @@ def plane_problem(name: str, seed: int, inputs: int, dtype: torch.dtype) -> tupl
 
 
 @every_proof
-@pytest.mark.parametrize("radius", RADII)
+@pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize("name", PIECEWISE_LINEAR)
-def test_every_statement_about_plane_networks(name: str, radius: Literal["local", "global"], guarantee: str) -> None:
+def test_every_statement_about_plane_networks(name: str, how: dict[str, Any], guarantee: str) -> None:
     certified = constant = 0
     for seed in range(2):
         for inputs, dtype in ((1, torch.float64), (2, torch.float32), (2, torch.float64)):
             model, x, exact = plane_problem(name, seed, inputs, dtype)
             eps = torch.tensor(PLANE_EPS, dtype=torch.float64)
-            bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
+            bounds = ll.local_bounds(model, x, eps, **how, guarantee=guarantee)
             for b in range(len(x)):
                 assert wrong_statements(exact[b], bounds, b) == []
             certified += int((bounds.margin() > 0).sum())
@@ -518,8 +520,8 @@ def test_every_module_on_a_line(name: str, guarantee: str) -> None:
     """Strides, padding, dilation, groups, pooling and normalisation, on the line through the input to an attack."""
     for eps in (0.05, 2.0):
         model, x, exact = line_problem(name, eps)
-        for radius in RADII:
-            bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
+        for how in HOW:
+            bounds = ll.local_bounds(model, x, eps, **how, guarantee=guarantee)
             assert wrong_statements(exact, bounds) == []
     assert exact.moved_squared > 0, "nothing happens in the larger ball"
 
@@ -545,8 +547,8 @@ def test_every_statement_about_graphs(name: str, state: str, guarantee: str) -> 
     for seed in range(2):
         model, x, exact = graph_problem(name, state, seed)
         eps = torch.tensor(GRAPH_EPS, dtype=torch.float64)
-        for radius in RADII:
-            bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
+        for how in HOW:
+            bounds = ll.local_bounds(model, x, eps, **how, guarantee=guarantee)
             for b in range(len(x)):
                 assert wrong_statements(exact[b], bounds, b) == []
         assert exact[-1].moved_squared > 0, "nothing happens in the largest ball"
@@ -581,22 +583,22 @@ def network_problem(name: str, state: str) -> tuple[nn.Module, Tensor, Exact]:
 @pytest.mark.parametrize("name", CUT)
 def test_networks_on_a_line(name: str, state: str, guarantee: str) -> None:
     model, x, exact = network_problem(name, state)
-    for radius in RADII:
-        bounds = ll.local_bounds(model, x, CUT[name], radius=radius, guarantee=guarantee)
+    for how in HOW:
+        bounds = ll.local_bounds(model, x, CUT[name], **how, guarantee=guarantee)
         assert wrong_statements(exact, bounds) == []
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     graphs(sorted({*ACTIVATIONS} - {"gelu", "tanh"})), st.integers(0, 99), st.sampled_from([0.05, 1.0]),
-    st.sampled_from(RADII), st.sampled_from(PROOFS),
+    st.sampled_from(HOW), st.sampled_from(PROOFS),
 )  # fmt: skip
 def test_random_graphs_on_a_line(
-    steps: list[tuple[object, ...]], seed: int, eps: float, radius: Literal["local", "global"], guarantee: str
+    steps: list[tuple[object, ...]], seed: int, eps: float, how: dict[str, Any], guarantee: str
 ) -> None:
     model = RandomGraph(steps, seed).eval().requires_grad_(False)
     x = torch.rand(1, 2, SIDE, SIDE, generator=generator(seed), dtype=torch.float64)
-    bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
+    bounds = ll.local_bounds(model, x, eps, **how, guarantee=guarantee)
     assert wrong_statements(on_a_line(model, x, eps), bounds) == []
 
 
@@ -778,8 +780,8 @@ def test_masks_that_rounding_gets_wrong(kind: str, dtype: torch.dtype) -> None:
 
 
 @every_proof
-@pytest.mark.parametrize("radius", RADII)
-def test_masks_on_their_boundary(radius: Literal["local", "global"], guarantee: str) -> None:
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_masks_on_their_boundary(how: dict[str, Any], guarantee: str) -> None:
     """Units that touch 0, their threshold or each other at the ends of the interval, in numbers without rounding."""
     x, eps = torch.tensor([[0.0]], dtype=torch.float64), 0.5
     nearest = [0.0, 2.0**-54, -(2.0**-54)]  # half an ulp of the numbers around it
@@ -793,7 +795,7 @@ def test_masks_on_their_boundary(radius: Literal["local", "global"], guarantee: 
             set_all(model[2:], generator(0))
             model[0].weight[:] = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]).double()[:, None]
             model[0].bias[:] = biases.double()
-            bounds = ll.local_bounds(model, x, eps, radius=radius, guarantee=guarantee)
+            bounds = ll.local_bounds(model, x, eps, **how, guarantee=guarantee)
             assert wrong_statements(exactly(model, x[0], eps), bounds) == []
 
 

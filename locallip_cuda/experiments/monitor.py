@@ -51,7 +51,14 @@ def evaluate(
     model.eval()
     for x, y in batches.epoch():
         with autocast(precision, device):
-            bounds = local_bounds(model, x, recipe.eps, radius=recipe.radius, iterations=EVALUATION_ITERATIONS)
+            bounds = local_bounds(
+                model,
+                x,
+                recipe.eps,
+                radius=recipe.radius,
+                iterations=EVALUATION_ITERATIONS,
+                window=recipe.window,
+            )
             correct = bounds.logits.argmax(1) == y
             certified = bounds.margin(y) > 0
         sums += torch.stack([correct.sum(), certified.sum(), bounds.lipschitz.sum()])
@@ -67,11 +74,12 @@ def evaluate(
 def closeness(objective: Objective, dataset: data.Dataset, eps: float) -> dict[str, float]:
     """How much of the true norms training at radius ``eps`` sees, on the first samples of ``dataset``.
 
-    mean and worst of the product of the layer norms, over the samples; layer: the mean of the layer where it is least.
+    mean and worst of the product of the layer norms, over the samples; layer: the mean of the layer, or the chain of
+    maps that is composed, where it is least.
     """
     device = next(objective.parameters()).device
     x, y = dataset.batch(torch.arange(min(CLOSENESS_SAMPLES, len(dataset))), device)
-    layers = bounds_at_rest(objective, x, y, eps).closeness
-    product = layers.prod(1)
+    bounds = bounds_at_rest(objective, x, y, eps)
+    layers, product = torch.cat([bounds.closeness, bounds.composed_closeness], 1), bounds.closeness.prod(1)
     found = {"mean": product.mean(), "worst": product.min(), "layer": layers.mean(0).min()}
     return {f"closeness_{name}": float(value) for name, value in found.items()}

@@ -74,16 +74,23 @@ class Objective(nn.Module):
         self.precision = precision
         self.bound = "local"
         first = next(model.parameters()).new_zeros(1, *models.spec(recipe.preset).input_shape)
-        self.norms = None if recipe.iterations else TrainingNorms(model, first)
+        self.norms = None if recipe.iterations else TrainingNorms(model, first, window=recipe.window)
 
     def bounds(self, x: Tensor, y: Tensor, eps: float | Tensor) -> LocalBounds:
         """What the certified loss is of."""
         recipe = self.recipe
         if self.bound == "global":
             iterations = max(recipe.iterations, GLOBAL_ITERATIONS)
-            return global_bounds(self.model, x, eps, iterations=iterations, norms=self.norms)
+            return global_bounds(self.model, x, eps, iterations=iterations, norms=self.norms, window=recipe.window)
         return local_bounds(
-            self.model, x, eps, radius=recipe.radius, iterations=recipe.iterations, norms=self.norms, y=y
+            self.model,
+            x,
+            eps,
+            radius=recipe.radius,
+            iterations=recipe.iterations,
+            norms=self.norms,
+            y=y,
+            window=recipe.window,
         )
 
     def launches(self) -> Hashable:

@@ -61,6 +61,10 @@ class Recipe:
     iterations: int = _number(
         "steps of the iteration for the operator norms in training; 0: as many a layer as keep the norms close"
     )
+    window: int = _number(
+        "maps in a row that are composed before a norm is taken, in training and where the network is certified; 1: "
+        "none, the paper's product of norms"
+    )
     sparse: float = _number("weight of the sparsity loss, which pushes bounds past the thresholds")
     threshold_weight: float = _number("weight, within the sparsity loss, of the upper thresholds of clipped-relu")
     threshold_init: float = _number("clipped-relu: first threshold of every unit")
@@ -79,7 +83,9 @@ class Recipe:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
-        for name in ("epochs", "batch_size", "evaluate_every"):
+        if self.window > 1 and self.radius == "global":
+            raise ValueError(f"window is {self.window} and radius 'global'; it must be 1, or the radius 'local'")
+        for name in ("epochs", "batch_size", "evaluate_every", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "final_learning_rate"):
@@ -145,7 +151,7 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """The recipe that ``to_dict`` wrote. ValueError when a field is missing, unknown or out of range."""
         names = {f.name for f in dataclasses.fields(cls)}
-        values = {"global_epochs": 0.0, "model": "", **values}  # earlier versions had none
+        values = {"global_epochs": 0.0, "model": "", "window": 1, **values}  # earlier versions had none
         if set(values) != names:
             missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
             raise ValueError(f"recipe with missing fields {missing} and unknown fields {unknown}")
@@ -178,6 +184,7 @@ _CIFAR10 = Recipe(
     learning_rate=1e-3,
     final_learning_rate=1e-6,
     iterations=0,
+    window=1,
     sparse=0.0,
     threshold_weight=0.1,
     **_thresholds("cifar10-6c2f"),

@@ -17,7 +17,8 @@ m terms to a row and n to a column, and |q_j| <= 1 + 1e-6, one step
     z = A q_j,   w = A^T z,   r = w - alpha_j q_j - beta_{j-1} q_{j-1},   q_{j+1} = r / beta_j
 
 leaves a local residual of at most ((gamma(m) + gamma(n)) 1.01 + 64 u) nu^2: gamma(m) nu^2 and gamma(n) nu^2 from the
-two products, 4u (|w| + |alpha q| + |beta q'|) <= 4u * 6 nu^2 from the differences and 3u * 3.1 nu^2 from the division;
+two products (of a chain of maps, whose || |A| || would be far above its norm, what its stages leave, and nu >= ||A||),
+4u (|w| + |alpha q| + |beta q'|) <= 4u * 6 nu^2 from the differences and 3u * 3.1 nu^2 from the division;
 alpha and beta themselves may be any numbers. The masks carry a power of two that brings nu to [1, 2), so that only
 float64 weights that span more than 900 binary orders underflow, by less than UNDERFLOW. A rounded q_0 is off by at
 most 4u.
@@ -44,13 +45,15 @@ from torch import Tensor
 
 from .. import ops
 from ..rounding import TINY, UNIT, convolution, exponent_of, gamma, power_of_two, rescaled, up
-from .linear import LinearMap, is_of_even_size
+from .linear import LinearMap, is_of_even_size, widest
 
 LEAST_MISS = 1e-5
 KEY_BITS = 128
 # What a key leaves against 2^32 prepared vectors. Several starts have several keys, but no more is promised.
 LEAST_FAILURE_PROBABILITY = 2.0 ** (32 - KEY_BITS)
 UNDERFLOW = 2.0**-80
+# Beyond, the lengths of vectors that the residual is derived with would not hold, and no bound would be of use.
+LARGEST_ROUNDING = 1e-3
 
 # Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, on a GPU enough to fill it.
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
@@ -58,13 +61,19 @@ CHUNK = {"cpu": 2**20, "cuda": 2**24}
 
 @dataclass
 class _Operator:
-    """What a run needs of A, in float64: its products, how many roundings each of theirs takes, sizes of an input."""
+    """What a run needs of A, in float64.
 
-    apply: Callable[[Tensor], Tensor]
-    adjoint: Callable[[Tensor], Tensor]
-    terms: int
-    adjoint_terms: int
+    products: A and A^T for some of the samples, which matter where there are masks inside A.
+    norm: (B,) nu, at least ||A||.   rounding: (B,), at least what the two products of a unit vector are off by, in
+    units of nu: |fl(A q) - A q| + |fl(A^T p) - A^T p|.
+    sizes: of an input.   units: of the largest vector on the way.
+    """
+
+    products: Callable[[Tensor], tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
+    norm: Tensor
+    rounding: Tensor
     sizes: list[int]
+    units: int
     device: torch.device
 
 
@@ -180,83 +189,86 @@ def probable_norms(
     """
     conv = (stride, padding, dilation, groups)
     absolute = absolute_norms(weight, row_mask, col_mask, input_shape, *conv)
+    products = (lambda x: _apply(weight, x, conv), lambda z: _apply_transposed(weight, z, input_shape[1:], conv))
     operator = _Operator(
-        lambda x: _apply(weight, x, conv),
-        lambda z: _apply_transposed(weight, z, input_shape[1:], conv),
-        weight[0].numel(),
-        weight[:, 0].numel() * groups,
+        lambda samples: products,
+        absolute,
+        torch.full_like(absolute, gamma(weight[0].numel()) + gamma(weight[:, 0].numel() * groups)),
         list(input_shape[1:]),
+        max(math.prod(input_shape[1:]), weight.shape[0] * math.prod(input_shape[2:])),
         weight.device,
     )
-    units = max(math.prod(input_shape[1:]), weight.shape[0] * math.prod(input_shape[2:]))
-    return _in_chunks(operator, row_mask, col_mask, absolute, units, failure_probability, tightness, seed)
+    return _in_chunks(operator, row_mask, col_mask, failure_probability, tightness, seed)
 
 
 def probable_norms_of(
     linear: LinearMap,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
-    absolute: Tensor,
+    norm: Tensor,
+    rounding: Tensor,
     failure_probability: float,
     tightness: float,
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`probable_norms` of a map in float64, whose :func:`absolute_norms_of` are ``absolute``.
+    """:func:`probable_norms` of a map in float64, whose norms are at most ``norm`` (B,), and whose products are off by
+    ``rounding`` (B,) of that, as :class:`_Operator` has it.
 
-    Where sizes are so far apart that a product between its parts might underflow, ``upper`` is ``absolute``: parts as
+    Where sizes are so far apart that a product between its parts might underflow, ``upper`` is ``norm``: parts as
     :func:`.linear.is_of_even_size` has them and a norm of 2^-150 or more leave an underflow of less than UNDERFLOW of
     the norm.
     """
-    operator = _Operator(
-        linear, linear.adjoint, linear.terms, linear.adjoint_terms, linear.input_sizes, linear.like.device
-    )
-    units = max(math.prod(linear.input_sizes), math.prod(linear.output_sizes))
+
+    def products(samples: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        own = linear.of_samples(samples)
+        return own, own.adjoint
+
     if not is_of_even_size(linear):
-        return absolute.clone(), torch.zeros_like(absolute)
-    in_range = (absolute >= 2.0**-150) & absolute.isfinite()
-    scale = torch.where(in_range, absolute, 0)
-    upper, estimate = _in_chunks(operator, row_mask, col_mask, scale, units, failure_probability, tightness, seed)
-    return torch.where(in_range, upper, absolute), estimate
+        return norm.clone(), torch.zeros_like(norm)
+    in_range = (norm >= 2.0**-150) & norm.isfinite() & (rounding <= LARGEST_ROUNDING)
+    scale, off = torch.where(in_range, norm, 0), torch.where(in_range, rounding, 0)
+    operator = _Operator(products, scale, off, linear.input_sizes, widest(linear), linear.like.device)
+    upper, estimate = _in_chunks(operator, row_mask, col_mask, failure_probability, tightness, seed)
+    return torch.where(in_range, upper, norm), estimate
 
 
 def _in_chunks(
     operator: _Operator,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
-    absolute: Tensor,
-    units: int,
     failure_probability: float,
     tightness: float,
     seed: int | None,
 ) -> tuple[Tensor, Tensor]:
     check_entropy(failure_probability)
     randbits = secrets.randbits if seed is None else random.Random(seed).getrandbits
-    upper, estimate = absolute.clone(), torch.zeros_like(absolute)
-    alive = (absolute > 0).nonzero()[:, 0]
+    upper, estimate = operator.norm.clone(), torch.zeros_like(operator.norm)
+    alive = (operator.norm > 0).nonzero()[:, 0]
     starts = max(math.ceil(math.log(failure_probability) / math.log(LEAST_MISS)), 1)
-    for part in torch.split(alive, max(CHUNK[operator.device.type] // (starts * units), 1)) if len(alive) else ():
+    chunk = max(CHUNK[operator.device.type] // (starts * operator.units), 1)
+    for part in torch.split(alive, chunk) if len(alive) else ():
         rows, cols = (None if mask is None else mask[part] for mask in (row_mask, col_mask))
-        found = _bounds_of_chunk(operator, rows, cols, absolute[part], starts, failure_probability, tightness, randbits)
+        found = _bounds_of_chunk(operator, part, rows, cols, starts, failure_probability, tightness, randbits)
         upper[part], estimate[part] = torch.minimum(upper[part], found[0]), found[1]
     return upper, estimate
 
 
 def _bounds_of_chunk(
     operator: _Operator,
+    samples: Tensor,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
-    absolute: Tensor,
     starts: int,
     failure_probability: float,
     tightness: float,
     randbits: Callable[[int], int],
 ) -> tuple[Tensor, Tensor]:
-    batch, sizes = len(absolute), operator.sizes
+    norm, batch, sizes = operator.norm[samples], len(samples), operator.sizes
 
     def column(t: Tensor, like: Tensor | None = None) -> Tensor:
         return t.view(-1, *[1] * (len(sizes) if like is None else like.dim() - 1))
 
-    exponent = exponent_of(absolute).clamp_min(-900)
+    exponent = exponent_of(norm).clamp_min(-900)
     power = power_of_two(-exponent)
     # the state of the runs: (samples * starts, *), the starts of one sample next to each other
     rows = power if row_mask is None else row_mask * column(power, row_mask)
@@ -270,19 +282,21 @@ def _bounds_of_chunk(
     before = torch.zeros_like(q)
 
     level = math.sqrt(math.pi / 2) * failure_probability ** (1 / starts) / length.cpu() * (1 - 1e-9) - 4 * UNIT
-    terms = gamma(operator.terms) + gamma(operator.adjoint_terms)
-    nu = (absolute * power).cpu().repeat_interleave(starts)
-    error = (1.01 * terms + 64 * UNIT) * nu.square() * (1 + 8 * UNIT) + 2 * UNDERFLOW
+    rounding = operator.rounding[samples].cpu().repeat_interleave(starts)
+    nu = (norm * power).cpu().repeat_interleave(starts)
+    error = (1.01 * rounding + 64 * UNIT) * nu.square() * (1 + 8 * UNIT) + 2 * UNDERFLOW
 
     upper, estimate = (torch.full((batch,), value, dtype=torch.float64, device="cpu") for value in (math.inf, 0))
     running = torch.arange(batch, device="cpu")
+    samples = samples.repeat_interleave(starts)
+    apply, adjoint = operator.products(samples)
     alpha, beta, last = [], [], torch.zeros_like(length)
     limit = 2 * _enough_steps(float(level.clamp_min(TINY).min()), tightness)
     check = 8
     for step in range(1, limit + 1):
-        z = operator.apply(q)
+        z = apply(q)
         z = z * (column(rows, z) if row_mask is None else rows)
-        w = operator.adjoint(z) * cols
+        w = adjoint(z) * cols
         alpha.append(z.flatten(1).square().sum(1))
         w = w.sub_(column(alpha[-1]) * q).sub_(column(last) * before)
         last = w.flatten(1).norm(dim=1)
@@ -304,7 +318,9 @@ def _bounds_of_chunk(
             error, level, kept = error[both], level[both], both.to(q.device)
             q, before, last, rows, cols = q[kept], before[kept], last[kept], rows[kept], cols[kept]
             alpha, beta = [a[kept] for a in alpha], [b[kept] for b in beta]
+            samples = samples[kept]
+            apply, adjoint = operator.products(samples)
     return (
-        rescaled((upper.sqrt() * (1 + 4 * UNIT)).to(absolute.device), power_of_two(exponent)),
-        estimate.sqrt().to(absolute.device) * power_of_two(exponent),
+        rescaled((upper.sqrt() * (1 + 4 * UNIT)).to(norm.device), power_of_two(exponent)),
+        estimate.sqrt().to(norm.device) * power_of_two(exponent),
     )

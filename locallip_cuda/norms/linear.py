@@ -72,8 +72,16 @@ class LinearMap(ABC):
         """Those of its parts."""
         return []
 
+    def with_weights(self, function: Callable[[Tensor], Tensor]) -> LinearMap:
+        """The map with ``function`` of each of its weights in its place, of the same shape."""
+        return self
+
     def snapshot(self) -> LinearMap:
         """The map as it is now, with weights of its own and without gradients."""
+        return self.with_weights(lambda weight: weight.detach().clone())
+
+    def of_samples(self, indices: Tensor) -> LinearMap:
+        """The map for a batch of these samples of the batch that its masks are of; itself where it has none."""
         return self
 
     def dense(self) -> Tensor:
@@ -128,8 +136,8 @@ class Dense(LinearMap):
     def weights(self) -> list[Tensor]:
         return [self.weight]
 
-    def snapshot(self) -> Dense:
-        return Dense(_now(self.weight))
+    def with_weights(self, function: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(function(self.weight))
 
     def absolute(self) -> Dense:
         return Dense(self.weight.abs())
@@ -194,8 +202,8 @@ class Convolution(LinearMap):
     def weights(self) -> list[Tensor]:
         return [self.weight]
 
-    def snapshot(self) -> Convolution:
-        return self.with_weight(_now(self.weight))
+    def with_weights(self, function: Callable[[Tensor], Tensor]) -> Convolution:
+        return self.with_weight(function(self.weight))
 
     def absolute(self) -> Convolution:
         return self.with_weight(self.weight.abs())
@@ -234,8 +242,8 @@ class Scaling(LinearMap):
     def weights(self) -> list[Tensor]:
         return [self.factor]
 
-    def snapshot(self) -> Scaling:
-        return Scaling(_now(self.factor), self.input_sizes, self.roundings)
+    def with_weights(self, function: Callable[[Tensor], Tensor]) -> Scaling:
+        return Scaling(function(self.factor), self.input_sizes, self.roundings)
 
     def absolute(self) -> Scaling:
         return Scaling(self.factor.abs(), self.input_sizes, self.roundings)
@@ -246,6 +254,33 @@ class Scaling(LinearMap):
     @property
     def like(self) -> Tensor:
         return self.factor
+
+
+class Masking(LinearMap):
+    """x where ``mask`` (B, *sizes) is True, 0 elsewhere: for a batch of B samples, or of any where B = 1."""
+
+    def __init__(self, mask: Tensor, like: Tensor) -> None:
+        super().__init__(mask.shape[1:], mask.shape[1:], 1, 1)
+        self.mask, self._like = mask, like
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, x, 0)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return torch.where(self.mask, y, 0)
+
+    def of_samples(self, indices: Tensor) -> Masking:
+        return self if len(self.mask) == 1 else Masking(self.mask[indices], self._like)
+
+    def absolute(self) -> Masking:
+        return self
+
+    def squared(self) -> Masking:
+        return self
+
+    @property
+    def like(self) -> Tensor:
+        return self._like
 
 
 @dataclass(frozen=True)
@@ -391,8 +426,11 @@ class Adjoint(LinearMap):
     def weights(self) -> list[Tensor]:
         return self.of.weights()
 
-    def snapshot(self) -> Adjoint:
-        return Adjoint(self.of.snapshot())
+    def with_weights(self, function: Callable[[Tensor], Tensor]) -> Adjoint:
+        return Adjoint(self.of.with_weights(function))
+
+    def of_samples(self, indices: Tensor) -> Adjoint:
+        return Adjoint(self.of.of_samples(indices))
 
     def absolute(self) -> Adjoint:
         return Adjoint(self.of.absolute())
@@ -430,8 +468,11 @@ class Composed(LinearMap):
     def weights(self) -> list[Tensor]:
         return [weight for each in self.maps for weight in each.weights()]
 
-    def snapshot(self) -> Composed:
-        return Composed([each.snapshot() for each in self.maps])
+    def with_weights(self, function: Callable[[Tensor], Tensor]) -> Composed:
+        return Composed([each.with_weights(function) for each in self.maps])
+
+    def of_samples(self, indices: Tensor) -> Composed:
+        return Composed([each.of_samples(indices) for each in self.maps])
 
     def absolute(self) -> Composed:
         return Composed([each.absolute() for each in self.maps])
@@ -480,8 +521,11 @@ class Sum(LinearMap):
     def weights(self) -> list[Tensor]:
         return [weight for each in self.maps for weight in each.weights()]
 
-    def snapshot(self) -> Sum:
-        return Sum([each.snapshot() for each in self.maps])
+    def with_weights(self, function: Callable[[Tensor], Tensor]) -> Sum:
+        return Sum([each.with_weights(function) for each in self.maps])
+
+    def of_samples(self, indices: Tensor) -> Sum:
+        return Sum([each.of_samples(indices) for each in self.maps])
 
     def absolute(self) -> Sum:
         return Sum([each.absolute() for each in self.maps])
@@ -528,26 +572,43 @@ def without_ends(
     return (Composed(maps) if len(maps) > 1 else maps[0]), rows, columns, first, last
 
 
+def without_masks(linear: LinearMap) -> LinearMap:
+    """A product of maps without the masks between them."""
+    if not isinstance(linear, Composed):
+        return linear
+    maps = [each for each in linear.maps if not isinstance(each, Masking)]
+    return Composed(maps) if len(maps) > 1 else maps[0]
+
+
+def widest(linear: LinearMap) -> int:
+    """Units of the largest vector on the way through a map."""
+    own = max(math.prod(linear.input_sizes), math.prod(linear.output_sizes))
+    return max([own, *(widest(each) for each in linear.maps)]) if isinstance(linear, (Composed, Sum)) else own
+
+
 def is_of_even_size(linear: LinearMap) -> bool:
-    """Whether products through the parts stay far from overflow and underflow: at most six in a row, and no entry but 0
-    outside [2^-100, 2^100]."""
+    """Whether products through the parts stay far from overflow and underflow: no entry but 0 outside
+    [2^-100, 2^100], and along every row of parts binary orders of 720 at most."""
     inside = all(
         bool(((weight == 0) | (weight.abs() >= 2.0**-100) & (weight.abs() <= 2.0**100)).all())
         for weight in linear.weights()
     )
-    return inside and _depth(linear) <= 6
+    return inside and _orders(linear) <= 720
 
 
-def _depth(linear: LinearMap) -> int:
+def _orders(linear: LinearMap) -> float:
+    """By how many binary orders the products of a row of parts, and sums of them, can differ from 1."""
     if isinstance(linear, Composed):
-        return sum(_depth(each) for each in linear.maps)
+        return sum(_orders(each) for each in linear.maps)
     if isinstance(linear, Sum):
-        return max(_depth(each) for each in linear.maps)
-    return _depth(linear.of) if isinstance(linear, Adjoint) else len(linear.weights())
-
-
-def _now(weight: Tensor) -> Tensor:
-    return weight.detach().clone()
+        return max(_orders(each) for each in linear.maps) + math.log2(len(linear.maps))
+    if isinstance(linear, Adjoint):
+        return _orders(linear.of)
+    own = math.log2(max(linear.terms, linear.adjoint_terms, 1))
+    for weight in linear.weights():
+        orders = weight.detach().double().abs().log2().abs()
+        own += float(torch.where(weight == 0, 0, orders).max()) if weight.numel() else 0
+    return own
 
 
 def _times(number: int, linear: LinearMap) -> LinearMap:

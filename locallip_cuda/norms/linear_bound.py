@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from .linear import (
     Rearrangement,
     Scaling,
     Sum,
+    is_of_even_size,
+    widest,
     without_ends,
 )
 from .masked_norm import ESTIMATE_CHUNK, ESTIMATE_ITERATIONS, TIGHTNESS, norm_bound
@@ -37,7 +41,8 @@ def converged_norm(linear: LinearMap, rows: Tensor | None, columns: Tensor | Non
     for first in range(0, batch, chunk):
         own_rows, own_columns = (None if mask is None else mask[first : first + chunk] for mask in (rows, columns))
         count = min(chunk, batch - first)
-        parts.append(iterated_norm(linear, own_rows, own_columns, count, None, ESTIMATE_ITERATIONS)[0])
+        own = linear.of_samples(torch.arange(first, first + count, device=linear.like.device))
+        parts.append(iterated_norm(own, own_rows, own_columns, count, None, ESTIMATE_ITERATIONS)[0])
     return torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64, device=linear.like.device)
 
 
@@ -78,8 +83,107 @@ def proved_norm(
     absolute = absolute_norm(linear, rows, columns, batch)
     if guarantee == "deterministic":
         return torch.minimum(absolute, _factorised(linear, rows, columns, batch, absolute, *more))
+    rounding = torch.full_like(absolute, gamma(linear.terms) + gamma(linear.adjoint_terms))
     with textbook_products(linear.like.device.type):
-        return probable_norms_of(linear, rows, columns, absolute, failure_probability, tightness, seed)[0]
+        return probable_norms_of(linear, rows, columns, absolute, rounding, failure_probability, tightness, seed)[0]
+
+
+@dataclass(eq=False)
+class Stage:
+    """One of the maps of a chain, in float64.
+
+    norm: (B,) at least its norm between the masks beside it.   absolute: (1,) at least ``|| |A| ||_2``.
+    """
+
+    linear: LinearMap
+    norm: Tensor
+    absolute: Tensor
+
+
+@torch.no_grad()
+def proved_chain_norm(
+    linear: LinearMap,
+    rows: Tensor,
+    columns: Tensor | None,
+    stages: Sequence[Stage],
+    guarantee: str,
+    failure_probability: float,
+    tightness: float = TIGHTNESS,
+    seed: int | None = None,
+) -> Tensor:
+    """(B,) float64 at least the norm of a chain, and at most the product of its stages' norms.
+
+    Args:
+        linear: the stages in a row, with masks (:class:`.linear.Masking`) and rearrangements between them.
+        rows, columns: as for :func:`proved_norm`.   stages: the first one applied first; all their norms hold.
+
+    A stage that rounds by gamma(m) |A_k| |x| turns vectors of length 1 into ones that are off by at most
+    sum_k gamma(m_k) nu_k prod_{j != k} (s_j + gamma(m_j) nu_j) behind all of them, with ``norm`` s and ``absolute`` nu.
+    """
+    norms = [stage.norm for stage in stages]
+    product = torch.ones_like(norms[0])
+    for norm in norms:
+        product = up(product * norm)
+    off = []
+    for direction in ("terms", "adjoint_terms"):
+        own = [up(gamma(getattr(stage.linear, direction) + 8) * stage.absolute) for stage in stages]
+        off.append(product_off_by(norms, own))
+    with textbook_products(linear.like.device.type):
+        if guarantee == "deterministic":
+            found = _written_out(linear, rows, columns, product, off[1], failure_probability)
+        else:
+            rounding = up(up(off[0] + off[1]) / product).nan_to_num(nan=0.0)
+            more = (failure_probability, tightness, seed)
+            found = probable_norms_of(linear, rows, columns, product, rounding, *more)[0]
+    return torch.minimum(found, product)
+
+
+def product_off_by(norms: Sequence[Tensor], off: Sequence[Tensor]) -> Tensor:
+    """(B,) at least the norm of the difference between a product of maps of ``norms``, and one of maps that differ from
+    them by ``off`` in norm: of one difference and the others' maps, the sum over all of them."""
+    total = torch.zeros_like(norms[0])
+    for k, own in enumerate(off):
+        share = own.expand_as(total)
+        for j, norm in enumerate(norms):
+            if j != k:
+                share = up(share * up(norm + off[j]))
+        total = up(total + share)
+    return total
+
+
+def _written_out(
+    linear: LinearMap,
+    rows: Tensor,
+    columns: Tensor | None,
+    product: Tensor,
+    rounding: Tensor,
+    failure_probability: float,
+) -> Tensor:
+    """Norms of the chains that are small enough to be written out, sample by sample; ``product`` of the others."""
+    found = product.clone()
+    if not is_of_even_size(linear):
+        return found
+    at_once = max(DENSE_ENTRIES // widest(linear), 1)
+    kept_rows = rows.flatten(1)
+    kept_columns = linear.like.new_ones(len(rows), math.prod(linear.input_sizes), dtype=torch.bool)
+    kept_columns = kept_columns if columns is None else columns.flatten(1)
+    for b in (product > 0).nonzero()[:, 0].tolist():
+        own_rows, own_columns = kept_rows[b].nonzero()[:, 0], kept_columns[b].nonzero()[:, 0]
+        count = len(own_rows)
+        if count * len(own_columns) > DENSE_ENTRIES or min(count, len(own_columns)) > DENSE_UNITS:
+            continue
+        own = linear.of_samples(torch.tensor([b], device=rows.device))
+        parts = []
+        for first in range(0, count, at_once):
+            chosen = own_rows[first : first + at_once]
+            units = torch.zeros(len(chosen), kept_rows.shape[1], dtype=torch.float64, device=rows.device)
+            units.scatter_(1, chosen.unsqueeze(1), 1.0)
+            image = own.adjoint(units.view(len(chosen), *linear.output_sizes))
+            parts.append(image.flatten(1)[:, own_columns])
+        weight = torch.cat(parts)
+        norm = proved_norm(Dense(weight), None, None, 1, "deterministic", failure_probability)
+        found[b] = up(norm[0] + up(rounding[b] * math.sqrt(count) * (1 + 4 * UNIT)))
+    return found
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from ..norms.iteration import iterated_norm
 from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
 from ..shapes import flat
-from .graph import Joined, Layer, Term, View, closed_radius, joined_radius
+from .composition import Chain
+from .graph import Joined, Layer, Term, View, joined_radius
 from .recursion import Pass, check_norm, joined_mask, viewed_mask
 from .rules import Lipschitz
 from .trace import without_autocast
@@ -53,9 +54,15 @@ class Estimate(Pass[Fact]):
     rounded = staticmethod(_unchanged)
 
     def __init__(
-        self, radius: str, iterations: int, kept: TrainingNorms | None = None, y: Tensor | None = None
+        self,
+        radius: str,
+        iterations: int,
+        kept: TrainingNorms | None = None,
+        y: Tensor | None = None,
+        *,
+        window: float = 1,
     ) -> None:
-        super().__init__(local=radius == "local")
+        super().__init__(local=radius == "local", window=window)
         self.iterations, self.kept, self.y = iterations, kept, y
 
     def start(self, x: Tensor, eps: Tensor) -> Fact:
@@ -128,13 +135,27 @@ class Estimate(Pass[Fact]):
             norm, whole = self._norm(layer.path, term, fact, rows, varying[:, 0])
             norms.append(norm)
             growth.append(norm if whole is None else whole)
-        self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack)
-        radius = closed_radius(layer, [fact.radius for fact in facts], growth, _unchanged)
+        inputs = [fact.columns for fact in facts]
+        radius = self.radius(layer, [fact.radius for fact in facts], inputs, growth, rows)
+        self.record(layer, inputs, norms, rows, columns, slack)
         if isinstance(activation, Lipschitz):
             clean = values[: len(radius)]
             half_width = radius.view(-1, *[1] * (clean.dim() - 1)).expand_as(clean)
             values = torch.cat([clean, clean])
         return Fact(values, half_width, radius, columns, varying[:, 1])
+
+    def chain_norm(self, chain: Chain) -> Tensor:
+        rows, columns = self.rows[chain.last], self.inputs[chain.first]
+        linear = chain.linear(_folded, self.rows)
+        if self.kept is not None and self.y is not None:
+            norm = self.kept.norm(chain.index, linear, rows, columns, self.y)
+        else:
+            with torch.no_grad():
+                whole = chain.linear(_folded, None)
+                start = iterated_norm(whole, None, None, 1, None, START_ITERATIONS)[1]
+            norm = iterated_norm(linear, rows, columns, len(rows), start, self.iterations)[0]
+        check_norm(chain.last.path, norm)
+        return norm
 
     def _ball(self, layer: Layer, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:
         """(squared row norms, radius) of the ball around the clean values: of several terms, that of the sum."""
@@ -218,8 +239,8 @@ class Estimate(Pass[Fact]):
 class Global(Estimate):
     """The plain global bound: norms without masks, a ball, and no box."""
 
-    def __init__(self, iterations: int, kept: TrainingNorms | None = None) -> None:
-        super().__init__("local", iterations, kept)
+    def __init__(self, iterations: int, kept: TrainingNorms | None = None, *, window: float = 1) -> None:
+        super().__init__("local", iterations, kept, window=window)
 
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
         value, norms = None, []
@@ -230,9 +251,20 @@ class Global(Estimate):
         assert value is not None
         out = layer.activation.function(value)
         rows, columns = (torch.ones_like(t, dtype=torch.bool) for t in (value, out))
-        self.record(layer, [None] * len(facts), norms, rows, columns, None)
-        radius = closed_radius(layer, [fact.radius for fact in facts], norms, _unchanged)
+        nothing: list[Tensor | None] = [None] * len(facts)
+        radius = self.radius(layer, [fact.radius for fact in facts], nothing, norms, rows)
+        self.record(layer, nothing, norms, rows, columns, None)
         return Fact(out, None, radius, None, None)
+
+    def chain_norm(self, chain: Chain) -> Tensor:
+        linear = chain.linear(_folded, None)
+        batch = len(self.rows[chain.last])
+        if self.kept is not None:
+            norm = self.kept.shared_norm(chain.index, linear)
+        else:
+            norm = iterated_norm(linear, None, None, 1, None, self.iterations)[0]
+        check_norm(chain.last.path, norm)
+        return norm.expand(batch)
 
     def _global_norm(self, path: str, term: Term, batch: int) -> Tensor | None:
         if isinstance(term.linear, Identity):
@@ -243,6 +275,10 @@ class Global(Estimate):
             norm = iterated_norm(term.linear, None, None, 1, None, self.iterations)[0]
         check_norm(path, norm)
         return norm.expand(batch)
+
+
+def _folded(layer: Layer) -> LinearMap:
+    return layer.terms[0].linear
 
 
 def box_of(fact: Fact) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,31 +113,23 @@ class Graph:
             for step in self.steps
         )
 
-    def radii(self, radius: Tensor, norms: Sequence[Tensor], rounded: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """(B,) of every fact, from those at the input and the ``norms`` of the operators, each result ``rounded``."""
-        found = [radius]
-        for step in self.steps:
-            if isinstance(step, View):
-                found.append(found[step.source])
-            elif isinstance(step, Joined):
-                found.append(joined_radius([found[source] for source in step.sources], rounded))
-            else:
-                own = [norms[term.index] if term.index >= 0 else None for term in step.terms]
-                found.append(closed_radius(step, [found[term.source] for term in step.terms], own, rounded))
-        return found
 
-
-def closed_radius(
+def closed_reach(
     layer: Layer, radii: Sequence[Tensor], norms: Sequence[Tensor | None], rounded: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Behind a layer: the sum of its facts' radii times the norms (None: 1), times its activation's constant."""
+    """How far the pre-activations of a layer move: the sum of its facts' radii times the norms (None: 1)."""
     total: Tensor | None = None
     for radius, norm in zip(radii, norms, strict=True):
         own = radius if norm is None else rounded(radius * norm)
         total = own if total is None else rounded(total + own)
     assert total is not None
+    return total
+
+
+def closed_radius(layer: Layer, reach: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """Behind a layer: how far its pre-activations move, times its activation's constant."""
     constant = layer.activation.lipschitz
-    return total if constant == 1 else rounded(total * constant)
+    return reach if constant == 1 else rounded(reach * constant)
 
 
 def joined_radius(radii: Sequence[Tensor], rounded: Callable[[Tensor], Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ end points; those that fall first have their least value between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Sum
-from ..norms.linear_bound import absolute_norm, proved_norm
+from ..norms.linear_bound import Stage, absolute_norm, product_off_by, proved_chain_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up
-from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, closed_radius, joined_radius
+from .composition import Chain
+from .functional import Functional, Lengths
+from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, joined_radius
 from .recursion import Pass, joined_mask, viewed_mask
 from .rules import Activation, Lipschitz
 from .trace import Trace, at
@@ -242,16 +244,24 @@ class Fact:
 
 
 class Proof(Pass[Fact]):
-    """operators: how many norms share the failure probability."""
+    """norms: how many share the failure probability.   stages: of each layer with one term, as a part of chains."""
 
     rounded = staticmethod(up)
 
     def __init__(
-        self, radius: str, guarantee: str, failure_probability: float, seed: int | None, operators: int
+        self,
+        radius: str,
+        guarantee: str,
+        failure_probability: float,
+        seed: int | None,
+        norms: int,
+        *,
+        window: float = 1,
     ) -> None:
-        super().__init__(local=radius == "local")
+        super().__init__(local=radius == "local", window=window)
         self.guarantee, self.seed = guarantee, seed
-        self.failure_probability = failure_probability / max(operators * (1 if self.local else 2), 1)
+        self.failure_probability = failure_probability / max(norms * (1 if self.local else 2), 1)
+        self.stages: dict[Layer, Stage] = {}
 
     def start(self, x: Tensor, eps: Tensor) -> Fact:
         if not bool(x.isfinite().all()):
@@ -306,11 +316,25 @@ class Proof(Pass[Fact]):
         growth = norms
         if not self.local:
             growth = [self._whole(layer.path, t, fact) for t, fact in zip(terms, facts, strict=True)]
-        radius = closed_radius(layer, [fact.radius for fact in facts], growth, up)
-        self.record(layer, [fact.columns for fact in facts], norms, rows, columns, slack)
+        if self.window > 1 and len(terms) == 1:
+            self.stages[layer] = _stage(terms[0], norms[0], len(rows))
+        inputs = [fact.columns for fact in facts]
+        radius = self.radius(layer, [fact.radius for fact in facts], inputs, growth, rows)
+        self.record(layer, inputs, norms, rows, columns, slack)
         if black_box:
             half_width = up(half_width + _column(radius, half_width))
         return Fact(values, error, centre, half_width, radius, columns)
+
+    def chain_norm(self, chain: Chain) -> Tensor:
+        linear = chain.linear(_folded, self.rows)
+        stages = [self.stages[layer] for layer in chain.layers]
+        rows, columns = self.rows[chain.last], self.inputs[chain.first]
+        more = (self.guarantee, self.failure_probability, TIGHTNESS, self.seed)
+        try:
+            norm = proved_chain_norm(linear, rows, columns, stages, *more)
+        except ValueError as error:
+            raise ValueError(f"{at(chain.last.path)}: {error}") from None
+        return up(norm + _folding_of_chain(chain, stages))
 
     def _norm(self, path: str, term: Term, rows: Tensor, columns: Tensor | None, fact: Fact) -> Tensor | None:
         if isinstance(term.linear, Identity):
@@ -341,9 +365,69 @@ def term_norm(
         norm = proved_norm(term.linear, rows, columns, batch, guarantee, failure_probability, tightness, seed)
     except ValueError as error:
         raise ValueError(f"{at(path)}: {error}") from None
-    if term.linear is term.parts and not term.parts.roundings:
+    if not _is_computed(term):
         return norm
     return up(norm + up(absolute_norm(term.parts, rows, columns, batch) * _folding(term)))
+
+
+def _folded(layer: Layer) -> LinearMap:
+    return layer.terms[0].linear
+
+
+def _is_computed(term: Term) -> bool:
+    """Whether the entries of its map are not stored weights."""
+    return term.linear is not term.parts or term.parts.roundings > 0
+
+
+def _stage(term: Term, norm: Tensor | None, batch: int) -> Stage:
+    absolute = absolute_norm(term.parts, None, None, 1)
+    if _is_computed(term):
+        absolute = up(absolute * (1 + 2 * _folding(term)))
+    return Stage(term.linear, absolute.new_ones(batch) if norm is None else norm, absolute)
+
+
+def _folding_of_chain(chain: Chain, stages: Sequence[Stage]) -> Tensor:
+    """(B,) what the norm of folded maps in a row is off by."""
+    terms = [layer.terms[0] for layer in chain.layers]
+    if not any(_is_computed(term) for term in terms):
+        return torch.zeros_like(stages[0].norm)
+    off = [
+        up(stage.absolute * _folding(term)) if _is_computed(term) else torch.zeros_like(stage.absolute)
+        for stage, term in zip(stages, terms, strict=True)
+    ]
+    return product_off_by([stage.norm for stage in stages], off)
+
+
+def proved_lengths(stages: Mapping[Layer, Stage], weight_error: Tensor | None) -> Lengths:
+    """Of :class:`.functional.Functional`, from above.
+
+    What a direction is off by, e, and its computed length g become nu (e + (gamma(n) + f) (g + e)) behind a map whose
+    transpose has n terms, and whose entries are off by f of their sizes |A|, with nu of at least || |A| ||.
+    """
+    wrong = 0.0 if weight_error is None else 2 * float(_long(weight_error.unsqueeze(0)).max())
+
+    def lengths(of: Functional, directions: Tensor, samples: slice) -> list[Tensor]:
+        found: list[Tensor] = []
+        error = torch.zeros(directions.shape[:2], dtype=torch.float64, device=directions.device)
+        for i, g in enumerate(of.images(directions, samples)):
+            if i:
+                term, nu = of.steps[i - 1].layer.terms[0], stages[of.steps[i - 1].layer].absolute
+                off = gamma(term.linear.adjoint_terms + 8) + (_folding(term) if _is_computed(term) else 0.0)
+                error = up(up(error + up(off * found[-1]) * (1 + 4 * UNIT)) * nu) * (1 + 8 * UNIT)
+                error = up(error + g[0, 0].numel() * 2.0**-900)
+            else:
+                error = up(4 * UNIT * _long(g) + wrong) * (1 + 4 * UNIT) + 2.0**-900
+            found.append(up(_long(g) + error))
+        return found
+
+    return lengths
+
+
+def _long(g: Tensor) -> Tensor:
+    """(N, k) at least the lengths of (N, k, *)."""
+    flat = g.flatten(2)
+    squares = flat.square().sum(2) * (1 + gamma(flat.shape[2] + 8)) + flat.shape[2] * TINY
+    return up(up(squares).sqrt() * (1 + 4 * UNIT))
 
 
 def last_weight(term: Term) -> tuple[Tensor, Tensor | None]:

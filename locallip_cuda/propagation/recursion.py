@@ -12,22 +12,22 @@ from torch import Tensor
 
 from ..norms.linear import LinearMap
 from ..norms.masked_norm import values_are_at_hand
-from .graph import Graph, Joined, Layer, View
+from .composition import Chain, Closing, chains, reach_of
+from .graph import Graph, Joined, Layer, View, closed_radius
 from .trace import at
 
 Fact = TypeVar("Fact")
 
 
 @dataclass(eq=False)
-class LayerBound:
-    """One masked norm of a pass: of one term of a layer, B samples.
+class ChainBound:
+    """The norm of maps in a row that end in a layer, with the layers' row masks between them; B samples.
 
     Attributes:
-        path: of the module.   linear: the map, as it was, without gradients.
+        path: of the last map's module.   linear: the maps, as they were, without gradients.
         norm: (B,).
         row_mask: bool (B, *output), pre-activations that can still change the layer's output.
-        input_mask: bool (B, *input), inputs of the map that can vary; None for all.
-        column_mask: bool (B, *), outputs of the layer that can vary inside the ball.
+        input_mask: bool (B, *input), inputs of the first map that can vary; None for all.
     """
 
     path: str
@@ -35,6 +35,16 @@ class LayerBound:
     norm: Tensor
     row_mask: Tensor
     input_mask: Tensor | None
+
+
+@dataclass(eq=False)
+class LayerBound(ChainBound):
+    """One masked norm of a pass: of one term of a layer, B samples.
+
+    Attributes:
+        column_mask: bool (B, *), outputs of the layer that can vary inside the ball.
+    """
+
     column_mask: Tensor
 
 
@@ -42,17 +52,27 @@ class Pass(ABC, Generic[Fact]):
     """Facts from the input to the last layer's, and a record of every norm.
 
     local: whether the radius grows by masked norms; else by global ones, as in the paper.
+    window: how many maps in a row are composed before a norm is taken, at most.
     """
 
     rounded: Callable[[Tensor], Tensor]
 
-    def __init__(self, *, local: bool) -> None:
-        self.local = local
+    def __init__(self, *, local: bool, window: float = 1) -> None:
+        self.local, self.window = local, window
         self.layers: list[LayerBound] = []
+        self.composed: list[ChainBound] = []
         self.sparsity_terms: list[Tensor] = []
+        self.chains: dict[Layer, list[Chain]] = {}
+        # of every layer that was closed
+        self.rows: dict[Layer, Tensor] = {}
+        self.inputs: dict[Layer, Tensor | None] = {}
+        self.closings: dict[Layer, Closing] = {}
+        self.chain_norms: dict[Layer, list[Tensor]] = {}
+        self.snapshots: dict[Layer, LinearMap] = {}
 
     def run(self, graph: Graph, x: Tensor, eps: Tensor) -> list[Fact]:
         """What is known of the facts of the graph's head."""
+        self.chains = chains(graph, self.window)
         facts = [self.start(x, eps)]
         for step in graph.steps:
             if isinstance(step, View):
@@ -77,6 +97,26 @@ class Pass(ABC, Generic[Fact]):
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
         """Behind a layer whose terms take ``facts``."""
 
+    def chain_norm(self, chain: Chain) -> Tensor:
+        """(B,) of a chain whose layers' rows and inputs are known."""
+        raise NotImplementedError
+
+    def radius(
+        self,
+        layer: Layer,
+        radii: Sequence[Tensor],
+        inputs: Sequence[Tensor | None],
+        norms: Sequence[Tensor | None],
+        rows: Tensor,
+    ) -> Tensor:
+        """(B,) behind a layer, of its facts' radii and column masks, its terms' norms (None: 1) and its row mask."""
+        self.rows[layer], self.inputs[layer] = rows, inputs[0]
+        own = self.chains[layer]
+        self.chain_norms[layer] = [self.chain_norm(chain) for chain in own]
+        reach = reach_of(layer, radii, norms, own, self.chain_norms[layer], self.closings, self.rounded)
+        self.closings[layer] = Closing(radii[0], reach)
+        return closed_radius(layer, reach, self.rounded)
+
     def record(
         self,
         layer: Layer,
@@ -89,12 +129,15 @@ class Pass(ABC, Generic[Fact]):
         """inputs: column masks of the layer's facts; norms: of its terms, None where it is 1 and none is taken."""
         taken = 0
         for term, mask, norm in zip(layer.terms, inputs, norms, strict=True):
+            linear = self.snapshots[layer] = term.linear.snapshot()
             if norm is not None:
                 taken += 1
-                linear = term.linear.snapshot()
                 self.layers.append(LayerBound(term.path, linear, norm, rows, mask, columns))
         if taken and slack is not None:
             self.sparsity_terms.append(slack.sum(0) / max(len(rows), 1))
+        for chain, norm in zip(self.chains[layer], self.chain_norms[layer], strict=True):
+            linear = chain.linear(self.snapshots.__getitem__, self.rows)
+            self.composed.append(ChainBound(layer.path, linear, norm, rows, self.inputs[chain.first]))
 
 
 def viewed_mask(step: View, mask: Tensor | None, batch: int) -> Tensor | None:

@@ -96,6 +96,8 @@ class Activation:
     kind: the name by which the ops know it, with ``first`` and ``second``, its thresholds; "" for another.
     valley: where a function of every number by itself turns from falling to rising; None where it rises everywhere.
     exact: whether ``function`` does not round.   unproved: why there is no proof of it, if there is none.
+    slopes: of a function of every number by itself, its least and its largest slope, at most ``lipschitz`` in size:
+        what norms are composed through. None for others, and where they are not known.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -106,6 +108,19 @@ class Activation:
     second: Tensor | None = None
     exact: bool = False
     unproved: str = ""
+    slopes: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.slopes is not None and not -self.lipschitz <= self.slopes[0] <= self.slopes[1] <= self.lipschitz:
+            raise ValueError(f"slopes: got {self.slopes}, want them within {self.lipschitz} of 0, the least one first")
+
+    def centre_and_half(self) -> tuple[float, float]:
+        """Of the slopes: the size of their middle, and how far it is from both, rounded up."""
+        if self.slopes is None:
+            raise ValueError("slopes: got None, want them")
+        low, high = self.slopes
+        halves = abs(high + low) / 2, (high - low) / 2
+        return halves if low in (0, high) else (up_to(halves[0]), up_to(halves[1]))
 
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest value between ``lower`` and ``upper``, but for rounding."""
@@ -134,11 +149,12 @@ class Lipschitz(Activation):
     error: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.error is None:
             self.unproved = self.unproved or "its rule does not say what rounding does to it"
 
 
-IDENTITY = Activation(lambda x: x, kind="identity", exact=True)
+IDENTITY = Activation(lambda x: x, kind="identity", exact=True, slopes=(1.0, 1.0))
 
 
 Rule = Callable[..., Affine | Activation]
@@ -516,6 +532,9 @@ def _resized(
 
 # ---- activations ----
 
+# Slopes of those that rise by no more than their input.
+RISING = (0.0, 1.0)
+
 
 def _activation(
     *functions: Callable[..., Any], lipschitz: float = 1.0, valley: float | None = None, **more: Any
@@ -524,7 +543,8 @@ def _activation(
     for function in functions:
 
         def build(at: Site, value: Any, *, inplace: bool = False, function: Any = function) -> Activation:
-            return Activation(function, lipschitz, valley, **more)
+            slopes = (0.0, lipschitz) if valley is None else None
+            return Activation(function, lipschitz, valley, slopes=slopes, **more)
 
         rule(function)(build)
 
@@ -553,33 +573,33 @@ def _gelu(at: Site, value: Any, approximate: str = "none") -> Activation:
 def _leaky_relu(at: Site, value: Any, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
     if not 0 <= negative_slope <= 1:
         raise ValueError(f"negative_slope={negative_slope}, want one in [0, 1]")
-    return Activation(lambda x: F.leaky_relu(x, negative_slope))
+    return Activation(lambda x: F.leaky_relu(x, negative_slope), slopes=(float(negative_slope), 1.0))
 
 
 @rule(F.elu)
 def _elu(at: Site, value: Any, alpha: float = 1.0, inplace: bool = False) -> Activation:
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha}, want 0 < alpha <= 1")
-    return Activation(lambda x: F.elu(x, alpha))
+    return Activation(lambda x: F.elu(x, alpha), slopes=RISING)
 
 
 @rule(F.celu)
 def _celu(at: Site, value: Any, alpha: float = 1.0, inplace: bool = False) -> Activation:
     if not alpha > 0:
         raise ValueError(f"alpha={alpha}, want alpha > 0")
-    return Activation(lambda x: F.celu(x, alpha))
+    return Activation(lambda x: F.celu(x, alpha), slopes=RISING)
 
 
 @rule(F.hardtanh)
 def _hardtanh(at: Site, value: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Activation:
-    return Activation(lambda x: F.hardtanh(x, min_val, max_val), exact=True)
+    return Activation(lambda x: F.hardtanh(x, min_val, max_val), exact=True, slopes=RISING)
 
 
 @rule(Tensor.clamp, torch.clamp, Tensor.clip, torch.clip)
 def _clamp(at: Site, value: Any, min: Any = None, max: Any = None) -> Activation:
     if any(isinstance(limit, Tensor) and limit.dim() > 1 and len(limit) != 1 for limit in (min, max)):
         raise ValueError("limits that differ between samples, want the same for every sample")
-    return Activation(lambda x: x.clamp(min, max), exact=True)
+    return Activation(lambda x: x.clamp(min, max), exact=True, slopes=RISING)
 
 
 @rule(F.softplus)
@@ -587,7 +607,7 @@ def _softplus(at: Site, value: Any, beta: float = 1.0, threshold: float = 20.0) 
     if not beta > 0 or threshold < 20:  # below, torch's jumps down at the threshold
         raise ValueError(f"beta={beta}, threshold={threshold}, want beta > 0 and threshold >= 20")
     jumps = "torch's jumps at its threshold"
-    return Activation(lambda x: F.softplus(x, beta, threshold), unproved=jumps)
+    return Activation(lambda x: F.softplus(x, beta, threshold), unproved=jumps, slopes=RISING)
 
 
 @rule(torch.prelu)
@@ -597,7 +617,7 @@ def _prelu(at: Site, value: Any, weight: Tensor) -> Activation:
     seen = slopes.is_meta or (slopes.is_cuda and torch.cuda.is_current_stream_capturing())
     if not seen and not bool(((slopes >= 0) & (slopes <= 1)).all()):
         raise ValueError(f"slopes in [{float(slopes.min()):.3g}, {float(slopes.max()):.3g}], want them in [0, 1]")
-    return Activation(lambda x: F.prelu(x, weight.to(x)))
+    return Activation(lambda x: F.prelu(x, weight.to(x)), slopes=RISING)
 
 
 def _threshold(threshold: Tensor, sizes: list[int]) -> Tensor:
@@ -610,7 +630,9 @@ def _threshold(threshold: Tensor, sizes: list[int]) -> Tensor:
 @rule(clipped_relu)
 def _clipped_relu(at: Site, value: Any, threshold: Tensor) -> Activation:
     threshold = _threshold(threshold, at.input_sizes)
-    return Activation(lambda z: clipped_relu(z, threshold), kind="clipped_relu", first=threshold, exact=True)
+    return Activation(
+        lambda z: clipped_relu(z, threshold), kind="clipped_relu", first=threshold, exact=True, slopes=RISING
+    )
 
 
 @rule(maxmin)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..norms.iteration import iterated_norm
-from ..norms.linear import Dense, Identity, LinearMap, Rearrangement, Scaling
+from ..norms.linear import Composed, Dense, Identity, LinearMap, Rearrangement, Scaling, without_masks
 from ..norms.masked_norm import check_input
+from .composition import chains, check_window
 from .graph import lowered, output_classes, traced
 
 if TYPE_CHECKING:
@@ -68,23 +69,29 @@ class TrainingNorms(nn.Module):
     Args:
         model: the network, on its device; its operators' sizes are taken from it, and first vectors.
         x: (B, *input), B >= 1, as for local_bounds; of which only shape and dtype matter.
+        window: that of the bounds: chains of maps have a start and iterations of their own.
 
     Attributes:
-        iterations: of every layer but the last; those of a shared norm are 15.
-        shared: whether the layer has one norm for all samples.
+        iterations: of every layer but the last, then of every chain of maps that is composed; those of a shared norm
+            are 15.
+        shared: whether the layer, or chain, has one norm for all samples.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, *, window: float = 1) -> None:
         super().__init__()
         check_input(x)
+        check_window(window)
         self.iterations: list[int] = []
         self.shared: list[bool] = []
         with torch.no_grad():
             trace = traced(model, x[:1])
             classes = output_classes(trace)
-            for term in lowered(trace, x.dtype).operators:
-                dense = isinstance(term.linear, Dense)
-                vectors = iterated_norm(term.linear, None, None, 1, None, FIRST_ITERATIONS)[1]
+            graph = lowered(trace, x.dtype)
+            of_layers = [chain for each in chains(graph, window).values() for chain in each]
+            composed = [chain.linear(lambda layer: layer.terms[0].linear, None) for chain in of_layers]
+            for linear in (*(term.linear for term in graph.operators), *composed):
+                dense = _begins_dense(linear)
+                vectors = iterated_norm(linear, None, None, 1, None, FIRST_ITERATIONS)[1]
                 copies = vectors.repeat(classes if dense else 1, *[1] * (vectors.dim() - 1))
                 self.register_buffer(f"right{len(self.iterations)}", _laid_out(copies))
                 self.iterations.append(LEAST_DENSE if dense else LEAST)
@@ -108,9 +115,9 @@ class TrainingNorms(nn.Module):
         return tuple(0 if shared else count for count, shared in zip(self.iterations, self.shared, strict=True))
 
     def norm(self, layer: int, linear: LinearMap, rows: Tensor, columns: Tensor | None, y: Tensor) -> Tensor:
-        """(B,) norms of the operator of this number for one batch, differentiable in the weights."""
+        """(B,) norms of the operator, or chain, of this number for one batch, differentiable in the weights."""
         if self.shared[layer]:
-            return self.shared_norm(layer, linear).expand(len(rows))
+            return self.shared_norm(layer, without_masks(linear)).expand(len(rows))
         start = self._start(layer, linear.input_sizes, y)
         norm, right, _ = iterated_norm(linear, rows, columns, len(rows), start, self.iterations[layer])
         if self.training:
@@ -173,19 +180,20 @@ class TrainingNorms(nn.Module):
         ratios: dict[int, list[Tensor]] = {}
         choices: dict[int, list[int]] = {}
         costs: dict[int, float] = {}
-        for layer, bound in enumerate(bounds.layers):
-            linear, rows, columns = bound.linear, bound.row_mask[:count], bound.input_mask
+        chosen = torch.arange(count, device=y.device)
+        for layer, bound in enumerate((*bounds.layers, *bounds.composed)):
+            linear, rows, columns = bound.linear.of_samples(chosen), bound.row_mask[:count], bound.input_mask
             if isinstance(linear, (Identity, Scaling, Rearrangement)):  # exact, however many iterations
                 continue
             columns, sizes = None if columns is None else columns[:count], linear.input_sizes
             kept, start = self._kept(layer, sizes), self._start(layer, sizes, y[:count])
-            whole = iterated_norm(linear, None, None, 1, kept[:1], CONVERGED_ITERATIONS)[0]
+            whole = iterated_norm(without_masks(linear), None, None, 1, kept[:1], CONVERGED_ITERATIONS)[0]
             converged = iterated_norm(linear, rows, columns, count, start, CONVERGED_ITERATIONS)[0]
             share = float(converged.mean() / whole)
             self.shared[layer] = share >= (LESS_SHARE if self.shared[layer] else SHARE)
             if self.shared[layer]:
                 continue
-            least = LEAST_DENSE if isinstance(linear, Dense) else LEAST
+            least = LEAST_DENSE if _begins_dense(linear) else LEAST
             fewer = [c for c in CHOICES if c < self.iterations[layer]][-DOWN_AT_ONCE:]
             choices[layer] = [c for c in CHOICES if c >= max([least, *fewer[:1]])]
             ratios[layer] = []
@@ -195,8 +203,13 @@ class TrainingNorms(nn.Module):
                 if ratios[layer][-1].mean() > 0.999:
                     break
             costs[layer] = _cost(linear)
-        for layer, choice in _cheapest(ratios, choices, costs).items():
+        single = len(bounds.layers)
+        for layer, choice in _cheapest(ratios, choices, costs, single).items():
             self.iterations[layer] = choice
+
+
+def _begins_dense(linear: LinearMap) -> bool:
+    return isinstance(linear.maps[0] if isinstance(linear, Composed) else linear, Dense)
 
 
 def _laid_out(vectors: Tensor) -> Tensor:
@@ -205,16 +218,19 @@ def _laid_out(vectors: Tensor) -> Tensor:
 
 def _cost(linear: LinearMap) -> float:
     """About what an iteration costs: two applications of the map, and passes over its vectors."""
+    if isinstance(linear, Composed):
+        return sum(_cost(each) for each in linear.maps)
     inputs, outputs = math.prod(linear.input_sizes), math.prod(linear.output_sizes)
     return 2 * linear.terms * outputs + 200 * (inputs + outputs)
 
 
 def _cheapest(
-    ratios: dict[int, list[Tensor]], choices: dict[int, list[int]], costs: dict[int, float]
+    ratios: dict[int, list[Tensor]], choices: dict[int, list[int]], costs: dict[int, float], single: int
 ) -> dict[int, int]:
     """Iterations by layer that hold what is wanted, by steps of the most gain in the product for the cost.
 
-    ratios: of each layer and choice, (samples,) norm by converged norm.
+    ratios: of each layer and choice, (samples,) norm by converged norm.   single: how many layers there are; chains
+    behind them are each held by itself, and are no part of the product.
     """
     taken = dict.fromkeys(ratios, 0)
 
@@ -224,11 +240,14 @@ def _cheapest(
         return float(more) / (costs[layer] * (choices[layer][at + 1] - choices[layer][at]))
 
     while taken:
-        product = torch.stack([ratios[layer][at] for layer, at in taken.items()]).prod(0)
+        own = [ratios[layer][at] for layer, at in taken.items() if layer < single]
         can_grow = [layer for layer, at in taken.items() if at + 1 < len(ratios[layer])]
         far = [layer for layer in can_grow if ratios[layer][taken[layer]].mean() < LAYER]
-        held = product.mean() >= PRODUCT and product.min() >= WORST
-        if not can_grow or (held and not far):
+        if not far and own:
+            product = torch.stack(own).prod(0)
+            if product.mean() < PRODUCT or product.min() < WORST:
+                far = [layer for layer in can_grow if layer < single]
+        if not far:
             break
-        taken[max(far or can_grow, key=gain)] += 1
+        taken[max(far, key=gain)] += 1
     return {layer: choices[layer][at] for layer, at in taken.items()}

@@ -1,0 +1,193 @@
+"""Composed norms: which layers of a graph follow each other, and what the norms of chains make of a radius.
+
+An activation of slopes in [s, t] moves by D dz where its input moves by dz, with D = c V + h V Psi: V the row mask, c =
+(s + t) / 2, h = (t - s) / 2, and Psi diagonal with entries in [-1, 1]. With a bound a of the surviving change of the
+layer in front, the change behind the next map A is so at most
+
+    ||V' A d|| <= h ||V' A C|| a + c ||V' A V (A_before d_before)||,
+
+and so on through a window of layers. Each chain is one operator, with a mask between its maps, whose norm is at most
+the product of theirs and usually far less: neighbouring maps' top singular vectors do not meet. Without masks this is
+LipLT (Fazlyab, Entesari, Roy, Chellappa, NeurIPS 2023, arXiv:2310.00116).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..norms.linear import LinearMap, Masking, composed
+from .graph import Graph, Joined, Layer, View, closed_radius, closed_reach, joined_radius
+
+# Activations, as the ops know them, whose row masks are worth a pass over a vector; of others nothing goes.
+ROWS_GO = ("relu", "clipped_relu")
+
+
+@dataclass(eq=False)
+class Chain:
+    """Layers of one term in a row, the first one applied first, each in front of the next one.
+
+    moves: of every layer but the first, what rearranges the output of the layer before it, one after another.
+    index: the number of its norm, behind those of the operators; -1 for none.
+    """
+
+    layers: list[Layer]
+    moves: list[list[LinearMap]]
+    index: int = -1
+
+    @property
+    def first(self) -> Layer:
+        return self.layers[0]
+
+    @property
+    def last(self) -> Layer:
+        return self.layers[-1]
+
+    def linear(self, of: Callable[[Layer], LinearMap], rows: Mapping[Layer, Tensor] | None) -> LinearMap:
+        """The maps in a row, each by ``of``, with the row masks of all layers but the last one between them; without
+        where ``rows`` is None."""
+        linear = of(self.first)
+        for before, layer, moves in zip(self.layers, self.layers[1:], self.moves, strict=False):
+            if rows is not None and before.activation.kind in ROWS_GO:
+                linear = composed(linear, Masking(rows[before], linear.like))
+            for each in (*moves, of(layer)):
+                linear = composed(linear, each)
+        return linear
+
+
+def check_window(window: float) -> None:
+    """ValueError where ``window`` is no number of maps."""
+    if isinstance(window, bool) or not (window == math.inf or (isinstance(window, int) and window >= 1)):
+        raise ValueError(f"window: got {window!r}, want an integer >= 1, or math.inf for all")
+
+
+def chains(graph: Graph, window: float) -> dict[Layer, list[Chain]]:
+    """Of every layer the chains of 2 to ``window`` layers that end in it, the shortest one first."""
+    found: dict[Layer, list[Chain]] = {}
+    index = len(graph.operators)
+    for layer in graph.layers:
+        found[layer] = []
+        for chain in _chains_to(graph, layer, window):
+            found[layer].append(Chain(chain.layers, chain.moves, index))
+            index += 1
+    return found
+
+
+def last_chain(graph: Graph, depth: float) -> Chain:
+    """Of the graph's head, and of up to ``depth`` layers before it."""
+    found = [Chain([graph.head], []), *_chains_to(graph, graph.head, depth + 1)]
+    return found[-1]
+
+
+def _chains_to(graph: Graph, layer: Layer, longest: float) -> Iterator[Chain]:
+    layers: list[Layer] = [layer]
+    moves: list[list[LinearMap]] = []
+    while len(layers) < longest:
+        link = _before(graph, layers[0])
+        if link is None:
+            return
+        layers, moves = [link[0], *layers], [link[1], *moves]
+        yield Chain(layers, moves)
+
+
+def _before(graph: Graph, layer: Layer) -> tuple[Layer, list[LinearMap]] | None:
+    """The layer of one term whose output the layer's one term is of, and what rearranges that; None where there is none
+    that composes."""
+    if len(layer.terms) != 1:
+        return None
+    source = layer.terms[0].source
+    moves: list[LinearMap] = []
+    while source:
+        step = graph.steps[source - 1]
+        if not isinstance(step, View):
+            break
+        source, moves = step.source, [step.rearrangement, *moves]
+    if not source:
+        return None
+    if not isinstance(step, Layer) or len(step.terms) != 1 or step.activation.slopes is None:
+        return None
+    return step, moves
+
+
+@dataclass(eq=False)
+class Closing:
+    """What a layer's radius came from, (B,) each.   radius: of what its map is of.   reach: how far its surviving
+    pre-activations move."""
+
+    radius: Tensor
+    reach: Tensor
+
+
+def composed_reach(
+    norms: Sequence[Tensor | None],
+    firsts: Sequence[Layer],
+    closings: Mapping[Layer, Closing],
+    radius: Tensor,
+    rounded: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """How far the surviving values behind a map move, by the ``norms`` (None: 1) of the chains of 1, 2, ... n maps that
+    end in it. Of any shapes that broadcast.
+
+    Args:
+        firsts: the first layer of every chain but the first, which stands in front of the chain before.
+        radius: of what the first chain is of.
+
+    At whatever length one stops, the rest is the product, and the least of all is taken: so this is never above the
+    product of norms, which closes it in where the norms of chains are estimates; where norms are proved every one of
+    these is a bound, and so is the least.
+    """
+    radii = [radius, *(closings[first].radius for first in firsts)]
+    far = _times(norms[-1], radii[-1], rounded)
+    for norm, before, first in zip(norms[-2::-1], radii[-2::-1], firsts[::-1], strict=True):
+        centre, half = first.activation.centre_and_half()
+        spread = rounded(half * _times(norm, closings[first].reach, rounded))
+        far = torch.minimum(_times(norm, before, rounded), rounded(rounded(centre * far) + spread))
+    return far
+
+
+def _times(norm: Tensor | None, radius: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    return radius if norm is None else rounded(radius * norm)
+
+
+def reach_of(
+    layer: Layer,
+    radii: Sequence[Tensor],
+    norms: Sequence[Tensor | None],
+    own: Sequence[Chain],
+    chain_norms: Sequence[Tensor],
+    closings: Mapping[Layer, Closing],
+    rounded: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """(B,) how far the surviving pre-activations of a layer move. own: the chains that end in it."""
+    if not own:
+        return closed_reach(layer, radii, norms, rounded)
+    return composed_reach([norms[0], *chain_norms], [chain.first for chain in own], closings, radii[0], rounded)
+
+
+def radii(
+    graph: Graph,
+    radius: Tensor,
+    norms: Sequence[Tensor],
+    of: Mapping[Layer, Sequence[Chain]],
+    chain_norms: Mapping[Layer, Sequence[Tensor]],
+    rounded: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """(B,) of every fact, from those at the input, the ``norms`` of the operators and those of the chains ``of``."""
+    found = [radius]
+    closings: dict[Layer, Closing] = {}
+    for step in graph.steps:
+        if isinstance(step, View):
+            found.append(found[step.source])
+        elif isinstance(step, Joined):
+            found.append(joined_radius([found[source] for source in step.sources], rounded))
+        else:
+            own = [norms[term.index] if term.index >= 0 else None for term in step.terms]
+            before = [found[term.source] for term in step.terms]
+            reach = reach_of(step, before, own, of[step], chain_norms[step], closings, rounded)
+            closings[step] = Closing(before[0], reach)
+            found.append(closed_radius(step, reach, rounded))
+    return found

@@ -1,0 +1,393 @@
+"""Composed norms: the recursion against dense matrices and LAPACK, and what composes and what does not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import generator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import locallip_cuda as ll
+from locallip_cuda.nn import ClippedReLU, MaxMin
+from locallip_cuda.propagation import composition, functional
+from locallip_cuda.propagation.graph import lowered, traced
+
+CONVERGED = 60
+
+
+def dense_of(module: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> Tensor:
+    """(outputs, inputs) of an affine module, by its images."""
+    units = math.prod(sizes)
+    with torch.no_grad():
+        images = module(torch.eye(units, dtype=torch.float64).view(units, *sizes)) - module(
+            torch.zeros(1, *sizes, dtype=torch.float64)
+        )
+    return images.flatten(1).T
+
+
+def network(seed: int, depth: int, activation: str, convolutional: bool) -> tuple[nn.Sequential, tuple[int, ...]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        sizes: tuple[int, ...] = (2, 5, 5) if convolutional else (12,)
+        first = sizes
+        for i in range(depth):
+            if convolutional and i < 2:
+                layers.append(nn.Conv2d(sizes[0], 4, 3, stride=1 + i, padding=1))
+                sizes = (4, 5, 5) if i == 0 else (4, 3, 3)
+            else:
+                if len(sizes) == 3:
+                    layers.append(nn.Flatten())
+                    sizes = (math.prod(sizes),)
+                layers.append(nn.Linear(sizes[0], 10 + i))
+                sizes = (10 + i,)
+            kind = activation if activation != "mixed" else ("relu", "clipped", "leaky", "sigmoid")[(seed + i) % 4]
+            layers.append(
+                {
+                    "relu": nn.ReLU(),
+                    "clipped": ClippedReLU(sizes, 0.5),
+                    "leaky": nn.LeakyReLU(0.1),
+                    "sigmoid": nn.Sigmoid(),
+                }[kind]
+            )
+        layers += [nn.Flatten(), nn.Linear(math.prod(sizes), 4)]
+        return nn.Sequential(*layers).double().requires_grad_(False), first
+
+
+SLOPES = {nn.ReLU: (0.0, 1.0), ClippedReLU: (0.0, 1.0), nn.LeakyReLU: (0.1, 1.0), nn.Sigmoid: (0.0, 0.25)}
+
+
+class Reference:
+    """The recursion written out: dense matrices, full decompositions, one sample."""
+
+    def __init__(self, model: nn.Sequential, bounds: Any, b: int, sizes: tuple[int, ...], eps: float) -> None:
+        self.maps: list[Tensor] = []
+        self.slopes: list[tuple[float, float]] = []
+        self.masks = [bounds.row_masks[i][b].flatten().double() for i in range(len(bounds.row_masks))]
+        self.eps = eps
+        x = torch.zeros(1, *sizes, dtype=torch.float64)
+        pending: list[nn.Module] = []
+        for module in model:
+            if type(module) in SLOPES:
+                self.maps.append(dense_of(nn.Sequential(*pending), tuple(x.shape[1:])))
+                x = nn.Sequential(*pending)(x)
+                self.slopes.append(SLOPES[type(module)])
+                pending = []
+            else:
+                pending.append(module)
+        self.head = dense_of(nn.Sequential(*pending), tuple(x.shape[1:]))
+
+    def chain(self, last: int, first: int) -> Tensor:
+        """V_l A_l V_{l-1} ... V_f A_f, of which masks outside on the right are those of the layer before."""
+        product = self.masks[first][:, None] * self.maps[first]
+        if first:
+            product = product * self.columns(first - 1)
+        for layer in range(first + 1, last + 1):
+            product = self.masks[layer][:, None] * (self.maps[layer] @ product)
+        return product
+
+    def columns(self, layer: int) -> Tensor:
+        return self.masks[layer]
+
+    def far(self, norms: list[float], last: int, reach: list[float], radii: list[float]) -> float:
+        """The least, over where the window ends, of the sums in its statement; norms[i] of i + 1 maps down from
+        ``last``."""
+        found = []
+        for count in range(1, len(norms) + 1):
+            factor, total = 1.0, 0.0
+            for i in range(1, count):
+                low, high = self.slopes[last - i]
+                total += factor * (high - low) / 2 * norms[i - 1] * reach[last - i]
+                factor *= (high + low) / 2
+            found.append(total + factor * norms[count - 1] * radii[last - count + 1])
+        return min(found)
+
+    def run(self, window: float) -> tuple[list[float], list[float]]:
+        """How far the pre-activations move, and the radii in front of every layer and of the head."""
+        reach: list[float] = []
+        radii = [self.eps]
+        for layer in range(len(self.maps)):
+            first = max(0, layer - int(min(window, 99)) + 1)
+            norms = [float(torch.linalg.matrix_norm(self.chain(layer, f), 2)) for f in range(layer, first - 1, -1)]
+            reach.append(self.far(norms, layer, reach, radii))
+            radii.append(reach[-1] * self.slopes[layer][1])
+        return reach, radii
+
+    def functional(self, window: float, y: int) -> Tensor:
+        reach, radii = self.run(window)
+        gains = []
+        layers = len(self.maps)
+        for j in range(len(self.head)):
+            row = (self.head[j] - self.head[y]) * self.columns(layers - 1)
+            norms = [float(row.norm())]
+            for layer in range(layers - 1, max(-1, layers - 1 - int(min(window, 99))), -1):
+                row = (row * self.masks[layer]) @ self.maps[layer]
+                if layer:
+                    row = row * self.columns(layer - 1)
+                norms.append(float(row.norm()))
+            gains.append(self.far(norms, layers, reach, radii))
+        return torch.tensor(gains, dtype=torch.float64)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 999),
+    st.integers(2, 5),
+    st.sampled_from(["relu", "clipped", "mixed"]),
+    st.booleans(),
+    st.sampled_from([1, 2, 3, math.inf]),
+    st.sampled_from([0.02, 0.2, 1.0]),
+)
+def test_the_recursion_is_that_of_dense_matrices(
+    seed: int, depth: int, activation: str, convolutional: bool, window: float, eps: float
+) -> None:
+    model, sizes = network(seed, depth, activation, convolutional)
+    x = torch.rand(3, *sizes, generator=generator(seed), dtype=torch.float64)
+    y = torch.tensor([0, 3, 1])
+    b = ll.local_bounds(model, x, eps, window=window, iterations=CONVERGED)
+    proof = ll.local_bounds(model, x, eps, window=window, guarantee="deterministic")
+    for k in range(len(x)):
+        reference = Reference(model, b, k, sizes, eps)
+        _, radii = reference.run(window)
+        assert float(b.radius[k]) == pytest.approx(radii[-1], rel=1e-6, abs=1e-12)
+        assert float(b.lipschitz[k]) * eps == pytest.approx(radii[-1], rel=1e-6, abs=1e-12)
+        own = Reference(model, proof, k, sizes, eps)
+        assert own.run(window)[1][-1] <= float(proof.radius[k])
+        assert float(proof.radius[k]) <= own.run(window)[1][-1] * (1 + 1e-5) + 1e-12
+        if window > 1:
+            gains = reference.functional(window, int(y[k]))
+            assert b.functional is not None and proof.functional is not None
+            weight = b.last_weight
+            found = b.functional.gains(weight, y, functional.lengths, lambda t: t)[k]
+            torch.testing.assert_close(found, gains, rtol=1e-6, atol=1e-12)
+            proved = proof.functional.gains(proof.last_weight, y, proof.lengths, lambda t: t)[k]
+            exact = own.functional(window, int(y[k]))
+            assert (proved >= exact * (1 - 1e-14)).all() and (proved <= exact * (1 + 1e-5) + 1e-12).all()
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 4), st.booleans(), st.sampled_from([0.05, 0.4]))
+def test_longer_windows_are_never_above_shorter_ones(seed: int, depth: int, convolutional: bool, eps: float) -> None:
+    model, sizes = network(seed, depth, "mixed", convolutional)
+    x = torch.rand(4, *sizes, generator=generator(seed), dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 3])
+    bounds = [ll.local_bounds(model, x, eps, window=w, iterations=CONVERGED) for w in (1, 2, 3, math.inf)]
+    for shorter, longer in pairwise(bounds):
+        assert (longer.radius <= shorter.radius * (1 + 1e-9)).all()
+        assert (longer.worst_logits(y) <= shorter.worst_logits(y) + 1e-9).all()
+        assert all((a <= b).all() for a, b in zip(longer.row_masks, shorter.row_masks, strict=True))
+
+
+def test_a_window_of_one_is_the_product_bit_for_bit() -> None:
+    model, sizes = network(1, 4, "clipped", True)
+    x = torch.rand(3, *sizes, generator=generator(1), dtype=torch.float64)
+    plain, b = ll.local_bounds(model, x, 0.1), ll.local_bounds(model, x, 0.1, window=1)
+    assert torch.equal(plain.radius, b.radius) and torch.equal(b.lipschitz, b.layer_norms.prod(1))
+    assert b.functional is None and b.composed == [] and b.composed_closeness.shape == (3, 0)
+
+
+def paths(model: nn.Module, x: Tensor, window: float) -> list[tuple[str, int]]:
+    """The module that each chain ends in, and how many maps with weights it has."""
+    b = ll.local_bounds(model.double(), x.double(), 0.05, window=window)
+    return [(record.path, len(record.linear.weights())) for record in b.composed]
+
+
+def test_what_ends_a_chain() -> None:
+    x = torch.rand(2, 8)
+
+    def dense(*activations: nn.Module) -> nn.Sequential:
+        layers = [module for each in activations for module in (nn.Linear(8, 8), each)]
+        return nn.Sequential(*layers, nn.Linear(8, 3))
+
+    relu, sort = nn.ReLU(), MaxMin()
+    assert paths(dense(relu, relu, relu), x, 2) == [("2", 2), ("4", 2)]
+    assert paths(dense(relu, relu, relu), x, math.inf) == [("2", 2), ("4", 2), ("4", 3)]
+    assert paths(dense(relu, sort, relu, relu), x, math.inf) == [("2", 2), ("6", 2)]
+    assert paths(dense(relu, nn.GELU(), relu, relu), x, math.inf) == [("2", 2), ("6", 2)]
+    assert paths(dense(sort, sort), x, math.inf) == []
+    pooled = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 2),
+    )  # fmt: skip
+    # of the pool, whose map is the identity, the rows that are never a maximum go from the map before
+    assert paths(pooled, torch.rand(2, 1, 8, 8), math.inf) == [("2", 1), ("6", 2)]
+
+
+class Skip(nn.Module):
+    """A sum that folds into one operator, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first(x))
+        h = F.relu(h + self.second(h))  # of one value: one operator
+        h = F.relu(x + self.third(h))  # of two values
+        return self.head(h)  # type: ignore[no-any-return]
+
+
+def test_sums_that_fold_compose_and_others_do_not() -> None:
+    model, x = Skip().double(), torch.rand(4, 6, dtype=torch.float64)
+    graph = lowered(traced(model, x), torch.float64)
+    lengths = [len(own) for own in composition.chains(graph, math.inf).values()]
+    assert sum(lengths) == 1 and len(composition.last_chain(graph, math.inf).layers) == 1
+    b = ll.local_bounds(model, x, 0.1, window=math.inf)
+    plain = ll.local_bounds(model, x, 0.1)
+    assert b.functional is None and (b.radius <= plain.radius).all() and (b.radius < plain.radius).any()
+
+
+def test_slopes_are_checked_and_rounded_up() -> None:
+    rules = ll.rules
+    assert rules.Activation(torch.relu, slopes=(0.0, 0.3)).centre_and_half() == (0.15, 0.15)
+    assert rules.Activation(torch.relu, slopes=(1.0, 1.0)).centre_and_half() == (1.0, 0.0)
+    centre, half = rules.Activation(torch.abs, slopes=(-1.0, 0.1)).centre_and_half()
+    assert centre >= 0.45 and half >= 0.55
+    with pytest.raises(ValueError, match="slopes: got"):
+        rules.Activation(torch.relu, slopes=(0.0, 2.0))
+    with pytest.raises(ValueError, match="slopes: got"):
+        rules.Activation(torch.relu, slopes=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("name", ["window", "classes"])
+def test_the_functional_in_pieces_is_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over samples, and over classes where one sample is too much; with its gradients."""
+    model, sizes = network(3, 3, "clipped", True)
+    model.requires_grad_()
+    x, y = torch.rand(5, *sizes, generator=generator(3), dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        worst = ll.local_bounds(model, x, 0.1, window=math.inf, iterations=CONVERGED).worst_logits(y)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return worst, list(torch.autograd.grad(worst.square().sum(), parameters))
+
+    whole, gradients = run()
+    monkeypatch.setattr(functional, "CHUNK", 700 if name == "window" else 120)
+    pieces, again = run()
+    torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    own = ll.local_bounds(model, x, 0.1, window=math.inf, guarantee="deterministic").worst_logits(y)
+    monkeypatch.undo()
+    expected = ll.local_bounds(model, x, 0.1, window=math.inf, guarantee="deterministic").worst_logits(y)
+    torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_composed_bound() -> None:
+    """By finite differences, through chains, radii, masks that stay as they are and the functional."""
+    model, sizes = network(5, 3, "relu", False)
+    x, y = torch.rand(2, *sizes, generator=generator(5), dtype=torch.float64), torch.tensor([1, 2])
+    names = [name for name, _ in model.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for _, p in model.named_parameters()]
+
+    def worst(*weights: Tensor) -> Tensor:
+        changed = copy.deepcopy(model)
+        for name, weight in zip(names, weights, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            module = changed.get_submodule(owner)
+            delattr(module, leaf)
+            setattr(module, leaf, weight)
+        return ll.local_bounds(changed, x, 0.05, window=math.inf, iterations=CONVERGED).worst_logits(y)
+
+    assert torch.autograd.gradcheck(worst, values, eps=1e-7, atol=1e-4, rtol=1e-3)
+
+
+def test_rows_that_are_alike_gain_nothing_and_have_gradients() -> None:
+    model, sizes = network(2, 2, "relu", False)
+    model.requires_grad_()
+    with torch.no_grad():
+        model[-1].weight[1] = model[-1].weight[0]  # type: ignore[index, operator, union-attr]
+    x = torch.rand(2, *sizes, generator=generator(2), dtype=torch.float64)
+    b = ll.local_bounds(model, x, 0.3, window=2)
+    gain = b.worst_logits(torch.tensor([0, 1])) - b.logits
+    assert gain[0, 1].abs() < 1e-12 and gain[1, 0].abs() < 1e-12
+    ll.losses.gloro(b, torch.tensor([0, 1])).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_two_classes_and_an_empty_batch() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    x = torch.rand(3, 3, dtype=torch.float64)
+    for guarantee in ("estimate", "probabilistic", "deterministic"):
+        b = ll.local_bounds(model, x, 0.1, window=2, guarantee=guarantee)
+        assert (b.margin() >= ll.local_bounds(model, x, 0.1, guarantee=guarantee).margin() - 1e-6).all()
+        empty = ll.local_bounds(model, x[:0], 0.1, window=2, guarantee=guarantee)
+        assert empty.margin().shape == (0,)
+
+
+def test_the_global_form_is_liplt() -> None:
+    """Of Fazlyab et al., NeurIPS 2023, for slopes in [0, 1]: m_l = sum_k 2^-(l - k) ||A_l ... A_k|| m_{k-1}, and no
+    masks."""
+    model, sizes = network(4, 4, "relu", True)
+    x = torch.rand(2, *sizes, generator=generator(4), dtype=torch.float64)
+    b = ll.global_bounds(model, x, 1.0, window=math.inf, iterations=100)
+    reference = Reference(model, b, 0, sizes, 1.0)
+    assert all(bool(mask.all()) for mask in b.row_masks)
+    reach, radii = [], [1.0]
+    for layer, own in enumerate(reference.maps):
+        product, total = own, 0.0
+        for first in range(layer, 0, -1):
+            total += 2.0 ** -(layer - first + 1) * float(torch.linalg.matrix_norm(product, 2)) * reach[first - 1]
+            product = product @ reference.maps[first - 1]
+        total += 2.0**-layer * float(torch.linalg.matrix_norm(product, 2))
+        reach.append(total)
+        radii.append(total)
+    assert (b.radius <= radii[-1] * (1 + 1e-6)).all() and float(b.radius[0]) > 0.5 * radii[-1]
+    assert float(b.radius[0]) == pytest.approx(reference.run(math.inf)[1][-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, -1, 1.5, True, "2", math.nan, None])
+def test_windows_that_are_none(window: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.rand(1, 2)
+    for call in (
+        lambda: ll.local_bounds(model, x, 0.1, window=window),
+        lambda: ll.global_bounds(model, x, 0.1, window=window),
+        lambda: ll.certify(model, x, 0.1, window=window),
+        lambda: ll.certified_radius(model, x, max_eps=0.1, window=window),
+        lambda: ll.TrainingNorms(model, x, window=window),
+    ):
+        with pytest.raises(ValueError, match="window: got"):
+            call()
+
+
+def test_the_paper_s_radius_composes_nothing() -> None:
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.rand(1, 2)
+    with pytest.raises(ValueError, match="window: got 2 with radius='global', want 1"):
+        ll.local_bounds(model, x, 0.1, radius="global", window=2)
+
+
+def test_training_norms_know_their_window() -> None:
+    model, sizes = network(6, 3, "relu", False)
+    x, y = torch.rand(9, *sizes, generator=generator(6), dtype=torch.float64), torch.zeros(9, dtype=torch.int64)
+    norms = ll.TrainingNorms(model, x, window=3)
+    assert len(norms.iterations) == 3 + 3
+    with pytest.raises(ValueError, match="want model's 3 and 1 chains|want model's 3 and 2 chains"):
+        ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=2)
+    with pytest.raises(ValueError, match="norms: got those of 6 operators, want model's 3$"):
+        ll.local_bounds(model, x, 0.1, norms=norms, y=y)
+    for _ in range(12):
+        b = ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=3)
+        norms.control(b, y)
+    b = ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=3)
+    unshared = [not shared for shared in norms.shared[3:]]
+    assert (b.composed_closeness[:, unshared] > 0.98).all() and (b.composed_closeness[:, unshared] <= 1 + 1e-9).all()
+
+
+def test_certificates_and_radii_take_a_window() -> None:
+    model, sizes = network(8, 3, "relu", False)
+    x = torch.rand(6, *sizes, generator=generator(8), dtype=torch.float64)
+    plain = ll.certified_radius(model, x, max_eps=1.0)
+    composed = ll.certified_radius(model, x, max_eps=1.0, window=math.inf)
+    assert (composed >= plain - 5e-3).all() and (composed > plain).any()
+    margins = [ll.certify(model, x, 0.01, window=w, guarantee="deterministic").margin for w in (1, math.inf)]
+    assert (margins[1] > margins[0]).any() and (margins[1] >= margins[0] - 1e-9).all()
