@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest

@@ -189,6 +189,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of a probabilistic certificate, for one sample (default: 1e-9)",
     )
     certifier.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="maps in a row that are composed before a norm is taken, beside the product of norms; 1 for none, a "
+        "number above the network's layers for all (default: the recipe's)",
+    )
+    certifier.add_argument(
         "--iterations", type=int, default=50, metavar="N", help="steps for the estimated norms (default: 50)"
     )
     certifier.add_argument(
@@ -276,6 +283,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     _check_data(stored.preset, arguments.data)
     device = _choose_device(arguments.device)
     eps = stored.eps if arguments.eps is None else arguments.eps
+    window = stored.window if arguments.window is None else arguments.window
     name = models.spec(stored.preset).data
     dataset = data.load(name, arguments.data, train=False)
     set_precision("fp32", device)
@@ -287,6 +295,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         "data": {"name": name, "split": "test", "crc32": report.checksum(dataset)},
         "settings": {
             "eps": eps,
+            "window": window,
             "guarantees": arguments.guarantee,
             "failure_probability": arguments.failure_probability,
             "iterations": arguments.iterations,
@@ -308,6 +317,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             eps,
             journal,
             radius=stored.radius,
+            window=window,
             guarantees=arguments.guarantee,
             failure_probability=arguments.failure_probability,
             iterations=arguments.iterations,
@@ -329,7 +339,8 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     else:
         print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")
     journal.remove()
-    broken = {guarantee: c.broken for guarantee, c in measurement.certified.items() if c.broken}
+    proofs = (*measurement.certified.items(), *measurement.composed.items())
+    broken = {guarantee: c.broken for guarantee, c in proofs if c.broken}
     if set(broken) - {"estimate"}:
         raise RefutedError(f"the attack broke samples that are proved: {broken}; this is a fault of the proof")
     return 0

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..attack import pgd
 from ..bounds import LocalBounds, local_bounds
 from ..norms.masked_norm import check_guarantee, stated_failure_probability
+from ..propagation.composition import check_window
 from ..propagation.graph import lowered, traced
 from ..propagation.proof import check_provable
 from .data import Dataset
@@ -60,30 +61,39 @@ class Measurement:
 
     Attributes:
         clean, attacked: accuracy without attack, and under projected gradient descent within the radius.
-        certified: what each guarantee gave, with the local Lipschitz bound; "estimate" is always there.
+        window: how many maps in a row were composed in ``composed``; 1 for none.
+        certified: what each guarantee gave, with the local Lipschitz bound as a product of norms; "estimate" is always
+            there.
+        composed: the same with composed norms, which were tried on samples that the product did not certify, and count
+            those that it did. Empty where ``window`` is 1.
         certified_global_estimate: certified accuracy with the global Lipschitz bound.
         lipschitz_local_estimate: mean over the samples of the local Lipschitz constant of all layers but the
             last.
         lipschitz_global_estimate: the global one.
         curve_estimate: rows (radius, certified accuracy with the local bound, with the global bound).
+        curve_composed: certified accuracy with composed norms at the same radii, an estimate too; empty for none.
         seconds: time each stage took.
         seed: of the random vectors of the attack.
         proof_seed: of those of the proofs, if it was given; it voids the probabilistic guarantee.
         per_sample: index, label, prediction (of `model(x)`, as the clean accuracy counts), whether the attack failed,
-            largest radius of the curve certified by the estimate, and under "guarantees", for every guarantee tried,
+            largest radius of the curve certified by the estimate, with composed norms too, and under "guarantees" and
+            "composed", for every guarantee tried,
             margin of the label, Lipschitz constant, verdict, and the prediction that it speaks of: a proof's is that of
             the network in real arithmetic.
     """
 
     samples: int
     eps: float
+    window: int
     clean: float
     attacked: float
     certified: dict[str, Certified]
+    composed: dict[str, Certified]
     certified_global_estimate: float
     lipschitz_local_estimate: float
     lipschitz_global_estimate: float
     curve_estimate: list[tuple[float, float, float]]
+    curve_composed: list[float]
     seconds: dict[str, float]
     seed: int
     proof_seed: int | None
@@ -136,6 +146,7 @@ class _Examiner:
         model: nn.Module,
         eps: float,
         radius: Literal["local", "global"],
+        window: int,
         proofs: Sequence[str],
         failure_probability: float,
         iterations: int,
@@ -146,6 +157,7 @@ class _Examiner:
         bar: Any,
     ) -> None:
         self.model, self.eps, self.radius, self.proofs = model, eps, radius, proofs
+        self.window = window
         self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
         self.seed, self.proof_seed, self.seconds, self.bar = seed, proof_seed, seconds, bar
 
@@ -157,6 +169,10 @@ class _Examiner:
         with self._stage("estimate", x):
             estimate = self._estimated(x, y, self.eps)
         certified = correct & (estimate.margin > 0)
+        if self.window > 1:
+            with self._stage("composed estimate", x):
+                composed = self._estimated(x, y, self.eps, self.window)
+            certified_composed = certified | (correct & (composed.margin > 0))
         with self._stage("attack", x):
             generator = torch.Generator(x.device).manual_seed(self.seed + batch.indices[0])
             attacked = pgd(self.model, x, y, self.eps, steps=self.attack_steps, generator=generator)
@@ -164,6 +180,8 @@ class _Examiner:
                 standing = correct & (self.model(attacked).argmax(1) == y)
         with self._stage("curve", x):
             reach = self._reach(x, y, correct, certified)
+            if self.window > 1:
+                far = torch.maximum(reach, self._reach(x, y, correct, certified_composed, self.window))
         found: list[dict[str, Any]] = [
             {
                 "label": int(y[i]),
@@ -177,12 +195,26 @@ class _Examiner:
         ]
         candidates = certified if self.radius == "local" else correct
         for guarantee in self.proofs:
-            for part in torch.split(candidates.nonzero()[:, 0], PROOF_BATCH):
-                with self._stage(guarantee, x):
-                    proof = self._proved(x[part], y[part], guarantee)
-                for k, i in enumerate(part.tolist()):
-                    found[i]["guarantees"][guarantee] = proof.verdict(k, proof.margin > 0)
+            self._prove(found, x, y, candidates, guarantee)
+        if self.window > 1:
+            for i in range(len(y)):
+                found[i]["curve_composed"] = float(far[i])
+                found[i]["composed"] = {"estimate": composed.verdict(i, certified_composed)}
+            for guarantee in self.proofs:
+                done = [found[i]["guarantees"].get(guarantee, {}).get("certified", False) for i in range(len(y))]
+                rest = certified_composed & ~torch.tensor(done, device=y.device)
+                self._prove(found, x, y, rest, guarantee, self.window)
         return found
+
+    def _prove(
+        self, found: list[dict[str, Any]], x: Tensor, y: Tensor, candidates: Tensor, guarantee: str, window: int = 1
+    ) -> None:
+        """The verdicts on ``candidates`` into ``found``."""
+        for part in torch.split(candidates.nonzero()[:, 0], PROOF_BATCH):
+            with self._stage(guarantee if window == 1 else f"composed {guarantee}", x):
+                proof = self._proved(x[part], y[part], guarantee, window)
+            for k, i in enumerate(part.tolist()):
+                found[i]["guarantees" if window == 1 else "composed"][guarantee] = proof.verdict(k, proof.margin > 0)
 
     @contextmanager
     def _stage(self, name: str, x: Tensor) -> Iterator[None]:
@@ -194,22 +226,25 @@ class _Examiner:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     @torch.no_grad()
-    def _estimated(self, x: Tensor, y: Tensor, eps: float) -> _Found:
-        return _Found(local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations), y)
+    def _estimated(self, x: Tensor, y: Tensor, eps: float, window: int = 1) -> _Found:
+        bounds = local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations, window=window)
+        return _Found(bounds, y)
 
-    def _proved(self, x: Tensor, y: Tensor, guarantee: str) -> _Found:
+    def _proved(self, x: Tensor, y: Tensor, guarantee: str, window: int) -> _Found:
         bounds = local_bounds(
             self.model,
             x,
             self.eps,
             radius=self.radius,
             guarantee=guarantee,
-            failure_probability=self.failure_probability,
+            # a sample may be put to two proofs, and certified by either
+            failure_probability=self.failure_probability / (1 if self.window == 1 else 2),
             seed=self.proof_seed if guarantee == "probabilistic" else None,
+            window=window,
         )
         return _Found(bounds, y)
 
-    def _reach(self, x: Tensor, y: Tensor, correct: Tensor, certified: Tensor) -> Tensor:
+    def _reach(self, x: Tensor, y: Tensor, correct: Tensor, certified: Tensor, window: int = 1) -> Tensor:
         """The largest factor of CURVE at which each sample is certified by the estimate, -1 where it is misclassified.
 
         A certificate for a radius is one for every smaller radius: going up only certified samples are tried again,
@@ -219,19 +254,19 @@ class _Examiner:
         reach[certified] = 1.0
         rising = certified
         for factor in [f for f in CURVE if f > 1]:
-            rising = self._retry(x, y, rising, factor)
+            rising = self._retry(x, y, rising, factor, window)
             reach[rising] = factor
         falling = correct & ~certified
         for factor in [f for f in reversed(CURVE) if 0 < f < 1]:
-            found = self._retry(x, y, falling, factor)
+            found = self._retry(x, y, falling, factor, window)
             reach[found] = factor
             falling = falling & ~found
         return reach
 
-    def _retry(self, x: Tensor, y: Tensor, candidates: Tensor, factor: float) -> Tensor:
+    def _retry(self, x: Tensor, y: Tensor, candidates: Tensor, factor: float, window: int) -> Tensor:
         found = torch.zeros_like(candidates)
         if candidates.any():
-            found[candidates] = self._estimated(x[candidates], y[candidates], factor * self.eps).margin > 0
+            found[candidates] = self._estimated(x[candidates], y[candidates], factor * self.eps, window).margin > 0
         return found
 
 
@@ -242,6 +277,7 @@ def measure(
     journal: Journal,
     *,
     radius: Literal["local", "global"] = "local",
+    window: int = 1,
     guarantees: Sequence[str] = (),
     failure_probability: float = 1e-9,
     iterations: int = 50,
@@ -254,7 +290,8 @@ def measure(
     """Measure ``model`` on the first ``limit`` samples of ``dataset`` (all by default) at l2 radius ``eps``.
 
     journal: what is done already, and where results are kept, batch by batch; its seed is the attack's.
-    radius: how the local bound grows its boxes, see :func:`locallip_cuda.local_bounds`.   guarantees: those to prove,
+    radius: how the local bound grows its boxes, see :func:`locallip_cuda.local_bounds`.   window: how many maps in a
+    row are composed, beside the product of norms; 1 for none.   guarantees: those to prove,
     beside the estimate.   failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
     estimated norms.   attack_steps: steps of size eps / 4.   proof_seed: repeats the proofs' random vectors, and voids
     the probabilistic guarantee.
@@ -264,6 +301,9 @@ def measure(
     for name, value, least in (("batch_size", batch_size, 1), ("iterations", iterations, 1), ("limit", limit, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+    check_window(window)
+    if window > 1 and radius == "global":
+        raise ValueError(f"window is {window} and radius 'global'; one must be 1, or the other 'local'")
     for guarantee in guarantees:
         check_guarantee(guarantee, failure_probability)
     proofs = [guarantee for guarantee in guarantees if guarantee != "estimate"]
@@ -280,6 +320,7 @@ def measure(
             model,
             eps,
             radius,
+            window,
             proofs,
             failure_probability,
             iterations,
@@ -302,7 +343,7 @@ def measure(
         lipschitz_global = float(first_bounds.global_lipschitz)
         seconds["global bound"] = time.perf_counter() - started
     return _summary(
-        journal, count, eps, proofs, failure_probability, proof_seed, first_bounds.last_weight, lipschitz_global
+        journal, count, eps, window, proofs, failure_probability, proof_seed, first_bounds.last_weight, lipschitz_global
     )
 
 
@@ -310,6 +351,7 @@ def _summary(
     journal: Journal,
     count: int,
     eps: float,
+    window: int,
     proofs: Sequence[str],
     failure_probability: float,
     proof_seed: int | None,
@@ -326,28 +368,35 @@ def _summary(
     def share(mask: Tensor) -> float:
         return mask.sum().item() / count
 
-    def certified(guarantee: str) -> Certified:
-        tried = [r for r in results if guarantee in r["guarantees"]]
-        yes = [r for r in tried if r["guarantees"][guarantee]["certified"]]
+    def certified(guarantee: str, how: str = "guarantees") -> Certified:
+        tried = [r for r in results if guarantee in r[how]]
+        ways = {"guarantees", how}
+        yes = [r for r in results if any(r[way].get(guarantee, {}).get("certified") for way in ways)]
+        stage = guarantee if how == "guarantees" else f"composed {guarantee}"
         return Certified(
             accuracy=len(yes) / count,
             tried=len(tried),
-            seconds=journal.seconds.get(guarantee, 0.0),
+            seconds=journal.seconds.get(stage, 0.0),
             failure_probability=stated_failure_probability(guarantee, failure_probability, proof_seed),
             broken=sum(not r["attack_failed"] for r in yes),
-            other_class=sum(r["guarantees"][guarantee]["prediction"] != r["prediction"] for r in tried),
+            other_class=sum(r[how][guarantee]["prediction"] != r["prediction"] for r in tried),
         )
+
+    far = torch.tensor([r["curve_composed"] for r in results]) if window > 1 else None
 
     return Measurement(
         samples=count,
         eps=eps,
         clean=share(correct),
         attacked=sum(r["attack_failed"] for r in results) / count,
+        window=window,
         certified={guarantee: certified(guarantee) for guarantee in ("estimate", *proofs)},
+        composed={guarantee: certified(guarantee, "composed") for guarantee in ("estimate", *proofs) if window > 1},
         certified_global_estimate=share(correct & (radii > eps)),
         lipschitz_local_estimate=sum(r["guarantees"]["estimate"]["lipschitz"] for r in results) / count,
         lipschitz_global_estimate=lipschitz_global,
         curve_estimate=[(f * eps, share(correct & (reach >= f)), share(correct & (radii > f * eps))) for f in CURVE],
+        curve_composed=[] if far is None else [share(correct & (far >= f)) for f in CURVE],
         seconds=dict(journal.seconds),
         seed=journal.seed,
         proof_seed=proof_seed,

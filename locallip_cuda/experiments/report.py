@@ -37,11 +37,12 @@ VOID = (
 
 def caveats(measurement: Measurement) -> list[str]:
     """What each guarantee of the measurement is worth, in plain words."""
-    lines = []
-    for name, c in measurement.certified.items():
+    lines: list[str] = []
+    for name, c in (*measurement.certified.items(), *measurement.composed.items()):
         void = name == "probabilistic" and measurement.proof_seed is not None
         text = VOID.format(seed=measurement.proof_seed) if void else CAVEAT[name]
-        lines.append(text.format(failure_probability=c.failure_probability))
+        text = text.format(failure_probability=c.failure_probability)
+        lines += [] if text in lines else [text]
         if c.other_class:
             lines.append(
                 f"{name}: {c.other_class} of the samples it was tried on have another class in its arithmetic than in "
@@ -63,7 +64,12 @@ def table(measurement: Measurement, title: str) -> str:
         price = "" if name == "estimate" else f"{100 * (c.accuracy - estimate):+.2f} points"
         each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
         rows.append((f"certified ({name}), local bound", f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
-    broken = sum(c.broken for c in m.certified.values())
+    for name, c in m.composed.items():
+        price = f"{100 * (c.accuracy - estimate):+.2f} points"
+        each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
+        label = f"certified ({name}), local bound, {windowed(m.window)}"
+        rows.append((label, f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
+    broken = sum(c.broken for c in (*m.certified.values(), *m.composed.values()))
     rows += [
         (
             "certified (estimate), global bound",
@@ -83,6 +89,10 @@ def table(measurement: Measurement, title: str) -> str:
     rule = "-" * max(map(len, lines))
     notes = [textwrap.fill(text, max(len(rule), 72), subsequent_indent="  ") for text in caveats(m)]
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *notes])
+
+
+def windowed(window: int) -> str:
+    return f"{window} maps composed"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -146,10 +156,17 @@ def plot(path: Path, measurement: Measurement, title: str) -> bool:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(radii, [100 * v for v in local], marker="o", label="local bound (estimate)")
+    if m.curve_composed:
+        label = f"local bound, {windowed(m.window)} (estimate)"
+        axes.plot(radii, [100 * v for v in m.curve_composed], marker="^", label=label)
     axes.plot(radii, [100 * v for v in everywhere], marker="s", label="global bound (estimate)")
     for name, c in m.certified.items():
         if name != "estimate":
             axes.plot([m.eps], [100 * c.accuracy], marker="D", linestyle="none", label=f"local bound ({name})")
+    for name, c in m.composed.items():
+        if name != "estimate":
+            label = f"local bound, {windowed(m.window)} ({name})"
+            axes.plot([m.eps], [100 * c.accuracy], marker="P", linestyle="none", label=label)
     axes.plot([m.eps], [100 * m.attacked], marker="x", linestyle="none", color="black", label="under attack (PGD)")
     axes.axvline(m.eps, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="l2 radius", ylabel="accuracy (%)", title=title, ylim=(0, 100), xlim=(0, max(radii) or 1))
