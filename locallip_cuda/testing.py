@@ -17,8 +17,8 @@ def check_rule(module: nn.Module, input_sizes: Sequence[int], *, samples: int = 
 
     Tried in float64, at random values: that the affine maps are the module's, that their transposes are theirs, that
     absolute values and squares are not too small; of activations, that their values stay in their intervals, that
-    inputs whose rows go change nothing, and that no slope is above the constant. A rule that passes can be wrong all
-    the same: of Lipschitz constants and intervals only violations can be found.
+    inputs whose rows go change nothing, that no slope is above the constant, and that slopes that are given hold. A
+    rule that passes can be wrong all the same: of Lipschitz constants and intervals only violations can be found.
 
     Args:
         module: put into float64, as a copy, and called on (B, *input_sizes).
@@ -85,9 +85,31 @@ def _check_activation(layer: Layer, value: Tensor, g: torch.Generator) -> None:
         if rows is not None:
             other = torch.where(rows, inside, lower + (1 - share) * (upper - lower))
             assert torch.equal(activation.function(other), image), "rows: got False for one that changes the output"
+    if activation.slopes is not None:
+        _check_elementwise(layer, value, inside, image)
     moved = (image - activation.function(value)).flatten(1).norm(dim=1)
     distance = (inside - value).flatten(1).norm(dim=1)
     assert (moved <= activation.lipschitz * distance * (1 + 1e-9) + 1e-12).all(), "lipschitz: two points are steeper"
+
+
+def _check_elementwise(layer: Layer, value: Tensor, inside: Tensor, image: Tensor) -> None:
+    """That each number of the output is of the same number of the input, and rises within the slopes."""
+    activation = layer.activation
+    assert activation.slopes is not None
+    before = activation.function(value)
+    assert image.shape == inside.shape, "slopes: got some for a function of other sizes"
+    step, rise = inside - value, image - before
+    low, high = (slope * step for slope in activation.slopes)
+    slack = 1e-12 * (1 + image.abs() + before.abs())
+    holds = (rise >= torch.minimum(low, high) - slack) & (rise <= torch.maximum(low, high) + slack)
+    assert holds.all(), "slopes: two points rise by less or more, or by other inputs"
+    others = torch.roll(inside, 1, 0)
+    one = inside.flatten(1).clone()
+    kept = torch.arange(one.shape[1], device=one.device) % 2 == 0
+    one[:, ~kept] = others.flatten(1)[:, ~kept]
+    mixed = activation.function(one.view_as(inside)).flatten(1)
+    off = (mixed - image.flatten(1)).abs()[:, kept] <= slack.flatten(1)[:, kept]
+    assert off.all(), "slopes: got some for a function of several numbers"
 
 
 def _check_slopes(graph: Graph, module: nn.Module, x: Tensor) -> None:

@@ -62,16 +62,36 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [sample["index"] for sample in values["result"]["per_sample"]] == list(range(100))
     assert values["command"][:3] == ["locallip", "certify", str(out)]
     assert values["recipe"]["epochs"] == 3 and values["environment"]["torch"] == torch.__version__
-    beside = ["--limit", "9", "--out", str(tmp_path / "else")]
+    beside = ["--limit", "9", "--out", str(tmp_path / "else"), "--window", "3"]
     assert cli.main(["certify", str(out / checkpoint.CHECKPOINT_NAME), *beside]) == 0
-    assert (tmp_path / "else" / "certify.json").exists()
+    values = json.loads((tmp_path / "else" / "certify.json").read_text())
+    assert values["settings"]["window"] == 3 and len(values["result"]["composed"]) == 2
+    assert "certified (probabilistic), local bound, 3 maps composed" in capsys.readouterr().out
+
+
+def test_training_with_composed_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert cli.main([*TRAIN, "--epochs", "2", "--window", "2", "--out", str(out)]) == 0
+    _, recipe, _ = load_model(out / checkpoint.CHECKPOINT_NAME)
+    assert recipe.window == 2
+    assert cli.main(["certify", str(out), "--limit", "20", "--attack-steps", "5", "--guarantee", "estimate"]) == 0
+    assert "certified (estimate), local bound, 2 maps composed" in capsys.readouterr().out
+    assert cli.main([*TRAIN, "--window", "2", "--radius", "global", "--out", str(tmp_path / "no")]) == 2
+    assert "window is 2 and radius 'global'" in capsys.readouterr().err
 
 
 def test_every_number_reaches_the_recipe(tmp_path: Path) -> None:
     given = {
         **{"activation": "clipped-maxmin", "loss": "lmt", "radius": "global", "eps": 0.11, "eps_train": 0.12},
         **{"epochs": 2, "warmup_epochs": 0.5, "rampup_epochs": 0.25, "global_epochs": 1.1, "constant_epochs": 1.5},
-        **{"batch_size": 700, "learning_rate": 0.003, "final_learning_rate": 0.002, "iterations": 3, "sparse": 0.02},
+        **{
+            "batch_size": 700,
+            "learning_rate": 0.003,
+            "final_learning_rate": 0.002,
+            "iterations": 3,
+            "sparse": 0.02,
+            "window": 1,
+        },
         **{"threshold_weight": 0.2, "threshold_init": 1.5, "clip_init_first": 0.3, "clip_init_last": 0.6},
         **{"crop": 2, "flip": True, "seed": 9, "evaluate_every": 2},
     }

@@ -15,9 +15,12 @@ from helpers import generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from verify_norms import DENSE, HIDDEN
 
 import locallip_cuda as ll
 from locallip_cuda.nn import ClippedReLU, MaxMin
+from locallip_cuda.norms.linear import Dense, LinearMap, Masking, composed, is_of_even_size
+from locallip_cuda.norms.linear_bound import Stage, absolute_norm, proved_chain_norm, proved_norm
 from locallip_cuda.propagation import composition, functional
 from locallip_cuda.propagation.graph import lowered, traced
 
@@ -299,7 +302,7 @@ def test_gradients_are_those_of_the_composed_bound() -> None:
             setattr(module, leaf, weight)
         return ll.local_bounds(changed, x, 0.05, window=math.inf, iterations=CONVERGED).worst_logits(y)
 
-    assert torch.autograd.gradcheck(worst, values, eps=1e-7, atol=1e-4, rtol=1e-3)
+    assert torch.autograd.gradcheck(worst, values, eps=1e-7, atol=1e-4, rtol=1e-3, fast_mode=True)
 
 
 def test_rows_that_are_alike_gain_nothing_and_have_gradients() -> None:
@@ -391,3 +394,54 @@ def test_certificates_and_radii_take_a_window() -> None:
     assert (composed >= plain - 5e-3).all() and (composed > plain).any()
     margins = [ll.certify(model, x, 0.01, window=w, guarantee="deterministic").margin for w in (1, math.inf)]
     assert (margins[1] > margins[0]).any() and (margins[1] >= margins[0] - 1e-9).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_proved_norms_of_chains_are_above_the_true_ones(data: st.DataObject) -> None:
+    """Of matrices of every kind of tests/verify_norms.py, with masks between them, some of them empty."""
+    g = generator(data.draw(st.integers(0, 10**6)))
+    sizes = data.draw(st.lists(st.integers(1, 24), min_size=3, max_size=6))
+    kinds = sorted(DENSE.keys() - {HIDDEN})
+    batch, density = 3, data.draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
+    masks = [torch.rand(batch, size, generator=g) < density for size in sizes]
+    maps = [DENSE[data.draw(st.sampled_from(kinds))](g, m, n).double() for n, m in pairwise(sizes)]
+    guarantee = data.draw(st.sampled_from(["probabilistic", "deterministic"]))
+    linear: LinearMap = Dense(maps[0])
+    for weight, mask in zip(maps[1:], masks[1:], strict=False):
+        linear = composed(composed(linear, Masking(mask, weight)), Dense(weight))
+    stages = []
+    for i, weight in enumerate(maps):
+        norm = proved_norm(Dense(weight), masks[i + 1], masks[i], batch, "deterministic", 1e-9)
+        stages.append(Stage(Dense(weight), norm, absolute_norm(Dense(weight), None, None, 1)))
+    found = proved_chain_norm(linear, masks[-1], masks[0], stages, guarantee, 1e-9)
+    product = torch.stack([stage.norm for stage in stages]).prod(0)
+    for b in range(batch):
+        chain = torch.diag(masks[0][b].double())
+        for weight, mask in zip(maps, masks[1:], strict=True):
+            chain = mask[b].double()[:, None] * (weight @ chain)
+        true = float(torch.linalg.matrix_norm(chain, 2))
+        assert true - 1e-13 * float(product[b]) <= float(found[b]) <= float(product[b]) * (1 + 1e-9)
+        even = is_of_even_size(linear)
+        if even and true > 1e-4 * float(product[b]):
+            assert float(found[b]) <= true * (1 + 6e-3)
+        if not any(mask[b].any() for mask in masks):
+            assert float(found[b]) == 0
+
+
+@pytest.mark.parametrize("guarantee", ["probabilistic", "deterministic"])
+def test_rounding_and_folding_are_added(guarantee: str) -> None:
+    """Chains through a BatchNorm that folds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3)
+    )  # fmt: skip
+    model = model.double().eval().requires_grad_(False)
+    x = torch.rand(4, 5, dtype=torch.float64)
+    b = ll.local_bounds(model, x, 0.5, window=2, guarantee=guarantee)
+    for record in b.composed:
+        for k in range(len(x)):
+            one = record.linear.of_samples(torch.tensor([k]))
+            rows = record.row_mask[k].double()
+            true = float(torch.linalg.matrix_norm(rows[:, None] * one.dense(), 2))
+            assert true <= float(record.norm[k]) <= true * (1 + 2e-3)

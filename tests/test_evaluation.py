@@ -52,6 +52,27 @@ def test_figures_are_those_of_direct_computations(trained: Trained, measured: ev
     assert measured.samples == 200 and not any(c.broken for c in measured.certified.values())
 
 
+def test_composed_norms_beside_the_product(trained: Trained, tmp_path: Path) -> None:
+    """Tried on what the product leaves open, and never certifying less."""
+    settings = {"iterations": 30, "attack_steps": 5, "guarantees": ["probabilistic"], "window": 4}
+    m = measure(trained, tmp_path, **settings)
+    assert list(m.composed) == ["estimate", "probabilistic"] and m.window == 4
+    for guarantee in m.composed:
+        assert m.composed[guarantee].accuracy >= m.certified[guarantee].accuracy
+        assert m.composed[guarantee].failure_probability == m.certified[guarantee].failure_probability
+        assert m.composed[guarantee].broken == 0
+    product = [sample["guarantees"].get("probabilistic", {}).get("certified", False) for sample in m.per_sample]
+    tried = [sample["index"] for sample in m.per_sample if "probabilistic" in sample["composed"]]
+    assert not any(product[i] for i in tried) and len(tried) == m.composed["probabilistic"].tried
+    assert m.curve_composed[0] == m.clean
+    assert all(own >= row[1] for own, row in zip(m.curve_composed, m.curve_estimate, strict=True))
+    assert any(own > row[1] for own, row in zip(m.curve_composed, m.curve_estimate, strict=True))
+    assert "certified (probabilistic), local bound, 4 maps composed" in report.table(m, "title")
+    assert report.plot(tmp_path / "plot.png", m, "title")
+    with pytest.raises(ValueError, match="window is 4 and radius 'global'"):
+        measure(trained, tmp_path, radius="global", window=4)
+
+
 def test_proofs(trained: Trained, measured: evaluation.Measurement) -> None:
     """Each sample's proof is the library's; those that the estimate does not certify are not tried."""
     model, dataset = trained

@@ -14,6 +14,7 @@ from helpers import generator
 from torch import Tensor, nn
 
 import locallip_cuda as ll
+from locallip_cuda.nn import maxmin
 from locallip_cuda.propagation.rules import RULES
 
 GUARANTEES = ["estimate", "probabilistic", "deterministic"]
@@ -199,6 +200,12 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "another bias": (F.linear, lambda at, value, w, b=None: ll.rules.Affine(ll.rules.Dense(w)), "module's values"),
     "a constant too small": (F.gelu, lambda at, value: ll.rules.Activation(F.gelu, 1.1, -0.75179), "lipschitz"),
     "no valley": (F.silu, lambda at, value, **more: ll.rules.Activation(F.silu, 1.1), "interval"),
+    "slopes too small": (
+        F.relu,
+        lambda at, value, **more: ll.rules.Activation(F.relu, slopes=(0.5, 1.0)),
+        "slopes: two",
+    ),
+    "slopes of a sort": (maxmin, lambda at, value: ll.rules.Activation(maxmin, slopes=(0.0, 1.0)), "slopes: "),
     "slope above": (F.silu, lambda at, value, **more: ll.rules.Lipschitz(F.silu, 1.09), "lipschitz: "),
 }
 

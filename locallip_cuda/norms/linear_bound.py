@@ -123,7 +123,7 @@ def proved_chain_norm(
     norms = [stage.norm for stage in stages]
     product = torch.ones_like(norms[0])
     for norm in norms:
-        product = up(product * norm)
+        product = torch.where((product == 0) | (norm == 0), 0, up(product * norm))
     off = []
     for direction in ("terms", "adjoint_terms"):
         own = [up(gamma(getattr(stage.linear, direction) + 8) * stage.absolute) for stage in stages]
@@ -170,6 +170,9 @@ def _written_out(
     for b in (product > 0).nonzero()[:, 0].tolist():
         own_rows, own_columns = kept_rows[b].nonzero()[:, 0], kept_columns[b].nonzero()[:, 0]
         count = len(own_rows)
+        if not count * len(own_columns):
+            found[b] = 0
+            continue
         if count * len(own_columns) > DENSE_ENTRIES or min(count, len(own_columns)) > DENSE_UNITS:
             continue
         own = linear.of_samples(torch.tensor([b], device=rows.device))
