@@ -463,8 +463,8 @@ def global_bounds(
 ) -> LocalBounds:
     """The plain global bound, in the shape of a local one: every row and column stays, and no box helps; an estimate.
 
-    With it the losses are the published ones, GloRo's, LMT's, BCP's without its box. It is the baseline of the local
-    bound, and cheap: a norm is taken once for all samples.
+    With it the losses are the published ones, GloRo's, LMT's, BCP's without its box, EMMA's without its least radius.
+    It is the baseline of the local bound, and cheap: a norm is taken once for all samples.
 
     Args:
         model, x, eps, errors: as for :func:`local_bounds`.

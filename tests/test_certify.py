@@ -106,7 +106,8 @@ def test_one_output_is_no_classification(guarantee: str, device: str) -> None:
         ll.certified_radius(model, x, max_eps=1.0, guarantee=guarantee)
     b = ll.local_bounds(model, x, 0.1, guarantee=guarantee)
     y = torch.zeros(4, dtype=torch.int64, device=device)
-    losses = (ll.losses.robust_cross_entropy, ll.losses.gloro, ll.losses.lipschitz_margin)
+    kinds = ll.losses
+    losses = (kinds.robust_cross_entropy, kinds.gloro, kinds.lipschitz_margin, kinds.emma, kinds.crm)
     for use in (b.worst_logits, b.margin, *(partial(loss, b) for loss in losses)):
         with pytest.raises(ValueError, match=message):
             use(y)

@@ -127,7 +127,13 @@ def test_recipes_survive_json() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "function"),
-    [("bcp", losses.robust_cross_entropy), ("gloro", losses.gloro), ("lmt", losses.lipschitz_margin)],
+    [
+        ("bcp", losses.robust_cross_entropy),
+        ("gloro", losses.gloro),
+        ("lmt", losses.lipschitz_margin),
+        ("emma", losses.emma),
+        ("crm", losses.crm),
+    ],
 )
 def test_objective_is_the_formula(kind: str, function: Callable[..., torch.Tensor]) -> None:
     numbers = dataclasses.replace(SHORT, loss=kind, sparse=0.05, threshold_weight=0.3)
@@ -247,6 +253,16 @@ def test_training_learns(tmp_path: Path) -> None:
     evaluation = trainer.run()
     assert evaluation is not None and evaluation.accuracy > 0.8 and evaluation.certified_estimate > 0.4
     assert evaluation.certified_estimate < evaluation.accuracy
+
+
+@pytest.mark.parametrize("loss", ["emma", "crm"])
+def test_training_learns_with_the_loss(loss: str, tmp_path: Path) -> None:
+    numbers = recipe("digits").replace(epochs=4, evaluate_every=4, warmup_epochs=1, rampup_epochs=0, loss=loss)
+    trainer = Trainer(numbers, Settings(out=tmp_path))
+    evaluation = trainer.run()
+    values = [record["robust"] for record in trainer.history[1:]]  # one loss at one radius
+    assert values[2] < values[1] < values[0]
+    assert evaluation is not None and evaluation.accuracy > 0.7 and evaluation.certified_estimate > 0.2
 
 
 def test_looks_say_how_close_the_norms_of_training_come(whole: Path) -> None:

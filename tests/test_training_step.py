@@ -114,7 +114,7 @@ def _steps_off_the_host(monkeypatch: pytest.MonkeyPatch, numbers: Recipe) -> Non
 @pytest.mark.usefixtures("capturable_everywhere")
 @pytest.mark.parametrize("radius", ["local", "global"])
 @pytest.mark.parametrize("activation", ["clipped-relu", "clipped-maxmin", "maxmin"])
-@pytest.mark.parametrize("loss", ["bcp", "gloro", "lmt"])
+@pytest.mark.parametrize("loss", ["bcp", "gloro", "lmt", "emma", "crm"])
 def test_nothing_goes_through_the_host(
     monkeypatch: pytest.MonkeyPatch, loss: str, activation: str, radius: str
 ) -> None:
@@ -396,7 +396,7 @@ def test_state_of_adam_moves_between_devices() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("loss", ["bcp", "gloro", "lmt"])
+@pytest.mark.parametrize("loss", ["bcp", "gloro", "lmt", "emma", "crm"])
 def test_captured_steps_are_the_eager_ones_on_a_gpu(loss: str, precision: str) -> None:
     numbers = dataclasses.replace(NUMBERS, loss=loss)
     eager, expected, _ = _step(numbers, "cuda", precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +18,14 @@ from . import models
 from .recipes import Recipe
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+
+CERTIFIED_LOSSES: dict[str, Callable[[LocalBounds, Tensor], Tensor]] = {
+    "bcp": losses.robust_cross_entropy,
+    "gloro": losses.gloro,
+    "lmt": losses.lipschitz_margin,
+    "emma": losses.emma,
+    "crm": losses.crm,
+}
 
 STATISTICS = (
     "samples",
@@ -49,9 +57,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def certified_loss(kind: str, bounds: LocalBounds, y: Tensor) -> Tensor:
-    """The certified loss ``kind`` (bcp, gloro or lmt), a scalar."""
-    function = {"bcp": losses.robust_cross_entropy, "gloro": losses.gloro, "lmt": losses.lipschitz_margin}[kind]
-    return function(bounds, y)
+    """The certified loss ``kind`` (one of ``recipes.LOSSES``), a scalar."""
+    return CERTIFIED_LOSSES[kind](bounds, y)
 
 
 class Objective(nn.Module):

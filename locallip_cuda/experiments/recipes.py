@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from .models import ACTIVATIONS, MODELS
 
-LOSSES = ("bcp", "gloro", "lmt")
+LOSSES = ("bcp", "gloro", "lmt", "emma", "crm")
 RADII = ("local", "global")
 
 
@@ -40,7 +40,8 @@ class Recipe:
     activation: str = _number("activation of every hidden layer", choices=ACTIVATIONS)
     loss: str = _number(
         "certified loss: bcp, cross entropy of the worst logits in the ball; gloro, cross entropy with one more class "
-        "that stands for 'not certified'; lmt, Lipschitz margin training",
+        "that stands for 'not certified'; lmt, Lipschitz margin training; emma, bcp with "
+        "no logit raised above the label's; crm, certified radius maximisation, up to 1.4 times the training radius",
         choices=LOSSES,
     )
     radius: Literal["local", "global"] = _number("which norms the local bound's boxes are grown with", choices=RADII)

@@ -245,7 +245,7 @@ def _cheapest(
         far = [layer for layer in can_grow if ratios[layer][taken[layer]].mean() < LAYER]
         if not far and own:
             product = torch.stack(own).prod(0)
-            if product.mean() < PRODUCT or product.min() < WORST:
+            if not (product.mean() >= PRODUCT and product.min() >= WORST):
                 far = [layer for layer in can_grow if layer < single]
         if not far:
             break
