@@ -23,6 +23,13 @@ TORCH_LIBRARY(locallip_cuda, m) {
   define("masked_norm(Tensor weight, Tensor? row_mask, Tensor? col_mask, Tensor? start, SymInt[] input_shape, " + conv +
          ", int iterations) -> (Tensor sigma, Tensor right, Tensor left)");
   define("masked_norm_backward(Tensor grad, Tensor weight, Tensor right, Tensor left, " + conv + ") -> Tensor");
+  const std::string convs = "int[] stride, int[] padding, int[] dilation, int[] groups";
+  define(
+      "chain_norm(Tensor[] weights, Tensor[] masks, Tensor? row_mask, Tensor? col_mask, Tensor? start, "
+      "SymInt[] input_shape, " +
+      convs + ", int iterations) -> (Tensor sigma, Tensor right, Tensor left)");
+  define("chain_norm_backward(Tensor grad, Tensor[] weights, Tensor[] masks, Tensor right, Tensor left, " + convs +
+         ") -> Tensor[]");
   define("activation_pattern(" + bounds +
          ") -> (Tensor values, Tensor half_width, Tensor row_mask, Tensor col_mask, Tensor slack, Tensor varying)");
   define("activation_pattern_backward(Tensor grad_values, Tensor grad_half_width, Tensor grad_slack, " + bounds +
@@ -38,6 +45,8 @@ TORCH_LIBRARY(locallip_cuda, m) {
     m.impl("affine_backward", &affine_backward);                         \
     m.impl("masked_norm", &masked_norm);                                 \
     m.impl("masked_norm_backward", &masked_norm_backward);               \
+    m.impl("chain_norm", &chain_norm);                                   \
+    m.impl("chain_norm_backward", &chain_norm_backward);                 \
     m.impl("activation_pattern", &activation_pattern);                   \
     m.impl("activation_pattern_backward", &activation_pattern_backward); \
     m.impl("margin", &margin);                                           \
@@ -58,7 +67,7 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(locallip_cuda, CUDA, m) {
-  for (const char* op : {"affine", "masked_norm", "activation_pattern", "margin"})
+  for (const char* op : {"affine", "masked_norm", "chain_norm", "activation_pattern", "margin"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse>());
 }
 #endif

@@ -25,6 +25,16 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const Optio
 Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tensor& right, const Tensor& left,
                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups);
 
+std::tuple<Tensor, Tensor, Tensor> chain_norm(at::TensorList weights, at::TensorList masks,
+                                              const OptionalTensor& row_mask, const OptionalTensor& col_mask,
+                                              const OptionalTensor& start, IntArrayRef input_shape, IntArrayRef stride,
+                                              IntArrayRef padding, IntArrayRef dilation, IntArrayRef groups,
+                                              int64_t iterations);
+
+std::vector<Tensor> chain_norm_backward(const Tensor& grad, at::TensorList weights, at::TensorList masks,
+                                        const Tensor& right, const Tensor& left, IntArrayRef stride,
+                                        IntArrayRef padding, IntArrayRef dilation, IntArrayRef groups);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
     const Tensor& values, const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
     const std::string& activation, const OptionalTensor& first, const OptionalTensor& second);

@@ -14,7 +14,19 @@ from torch import Tensor
 from .. import ops
 from ..ops.reference import NOISE, pseudo_random
 from ..shapes import flat
-from .linear import Adjoint, Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Scaling, without_ends
+from .linear import (
+    Adjoint,
+    Composed,
+    Convolution,
+    Dense,
+    Identity,
+    LinearMap,
+    Masking,
+    Rearrangement,
+    Reshape,
+    Scaling,
+    without_ends,
+)
 
 
 def iterated_norm(
@@ -78,10 +90,74 @@ def _of_composed(
     """Without the rearrangements at its ends where they do nothing but move the masks."""
     inner, rows, columns, first, last = without_ends(linear, rows, columns, batch)
     if first is None and last is None:
+        chain = _chain(linear)
+        if chain is not None:
+            return _of_chain(linear, chain, rows, columns, batch, start, iterations)
         return _of_any(linear, rows, columns, batch, start, iterations)
     moved = start if start is None or first is None else first(start)
     sigma, right, left = iterated_norm(inner, rows, columns, batch, moved, iterations)
     return sigma, right if first is None else first.adjoint(right), left if last is None else last(left)
+
+
+def _chain(linear: Composed) -> tuple[list[Dense | Convolution], list[Tensor]] | None:
+    """Its kernels, and the masks between them, each in the shape of the next one's input; None where it is more than
+    kernels, masks and reshapes."""
+    kernels: list[Dense | Convolution] = []
+    masks: list[Tensor] = []
+    between: Tensor | None = None
+    for each in linear.maps:
+        if isinstance(each, (Dense, Convolution)):
+            if kernels:
+                sizes = each.planar()[1]
+                if between is None:
+                    between = torch.ones(1, *sizes, dtype=torch.bool, device=each.like.device)
+                masks.append(between.reshape(len(between), *sizes))
+            kernels.append(each)
+            between = None
+        elif isinstance(each, Reshape) and kernels:
+            between = None if between is None else between.reshape(len(between), *each.output_sizes)
+        elif isinstance(each, Masking) and kernels:
+            between = each.mask if between is None else between & each.mask
+        else:
+            return None
+    return (kernels, masks) if between is None and len(kernels) > 1 else None
+
+
+def _of_chain(
+    linear: Composed,
+    chain: tuple[list[Dense | Convolution], list[Tensor]],
+    rows: Tensor | None,
+    columns: Tensor | None,
+    batch: int,
+    start: Tensor | None,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels, masks = chain
+    planar = [kernel.planar() for kernel in kernels]
+    inner, outer = planar[0][1], planar[-1][2]
+    geometry = [own for _, _, _, own in planar]
+    stride, padding, dilation = (
+        [n for own in numbers for n in own] for numbers in list(zip(*geometry, strict=True))[:3]
+    )
+    groups = [own[3] for own in geometry]
+
+    def laid_out(t: Tensor | None, sizes: list[int]) -> Tensor | None:
+        return None if t is None else t.reshape(len(t), *sizes)
+
+    sigma, right, left = ops.chain_norm(
+        [weight for weight, _, _, _ in planar],
+        masks,
+        laid_out(rows, outer),
+        laid_out(columns, inner),
+        laid_out(start, inner),
+        [batch, *inner],
+        stride,
+        padding,
+        dilation,
+        groups,
+        iterations,
+    )
+    return sigma, right.reshape(batch, *linear.input_sizes), left.reshape(batch, *linear.output_sizes)
 
 
 def _of_diagonal(

@@ -66,6 +66,31 @@ def masked_norm(
     return result
 
 
+def chain_norm(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    start: Tensor | None,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: Sequence[int],
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`masked_norm` of two weights or more in a row, the first one applied first, with masks between them.
+
+    ``masks[k]``, bool (B, *) or (1, *), lies between weights k and k + 1, in the shape in which the latter takes its
+    input: the output of the former is reshaped to it. stride, padding and dilation have two numbers for every weight,
+    groups one; those of a dense weight mean nothing. sigma has a gradient in every weight.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _ops.chain_norm(
+        weights, masks, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations
+    )
+    return result
+
+
 def activation_pattern(
     values: Tensor,
     half_width: Tensor | None,
@@ -188,6 +213,23 @@ def _(grad, weight, right, left, stride, padding, dilation, groups):  # type: ig
     return torch.empty_like(weight)
 
 
+@torch.library.register_fake("locallip_cuda::chain_norm")
+def _(weights, masks, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations):  # type: ignore[no-untyped-def]
+    shape = list(input_shape)
+    for k, weight in enumerate(weights):
+        own = (numbers[2 * k : 2 * k + 2] for numbers in (stride, padding, dilation))
+        shape = _output_shape(weight, shape, *own)
+        if k < len(masks):
+            shape = [shape[0], *masks[k].shape[1:]]
+    like = weights[0]
+    return like.new_empty(input_shape[0]), _laid_out(like, input_shape), _laid_out(like, shape)
+
+
+@torch.library.register_fake("locallip_cuda::chain_norm_backward")
+def _(grad, weights, masks, right, left, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(weight) for weight in weights]
+
+
 @torch.library.register_fake("locallip_cuda::activation_pattern")
 def _(values, half_width, squared_row_norms, radius, activation, first, second):  # type: ignore[no-untyped-def]
     shape = [radius.shape[0], *values.shape[1:]]
@@ -248,6 +290,20 @@ def _masked_norm_backward(ctx: Any, grad: Tensor, _right: Tensor, _left: Tensor)
     return to_weight, *[None] * 9
 
 
+def _chain_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    weights, masks, *_, stride, padding, dilation, groups, _iterations = inputs
+    ctx.save_for_backward(*weights, *masks, output[1], output[2])
+    ctx.count, ctx.conv = len(weights), (stride, padding, dilation, groups)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _chain_norm_backward(ctx: Any, grad: Tensor, _right: Tensor, _left: Tensor) -> tuple[Any, ...]:
+    *tensors, right, left = ctx.saved_tensors
+    weights, masks = tensors[: ctx.count], tensors[ctx.count :]
+    to_weights = _ops.chain_norm_backward(grad, weights, masks, right, left, *ctx.conv)
+    return to_weights, [None] * len(masks), *[None] * 9
+
+
 def _activation_pattern_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     values, half_width, norms, radius, activation, first, second = inputs
     ctx.save_for_backward(values, half_width, norms, radius, first, second)
@@ -286,6 +342,7 @@ def _margin_backward(ctx: Any, grad_gain: Tensor, _step: Tensor) -> tuple[Tensor
 for _name, _backward, _setup in (
     ("affine", _affine_backward, _affine_setup),
     ("masked_norm", _masked_norm_backward, _masked_norm_setup),
+    ("chain_norm", _chain_norm_backward, _chain_norm_setup),
     ("activation_pattern", _activation_pattern_backward, _activation_pattern_setup),
     ("margin", _margin_backward, _margin_setup),
 ):
@@ -299,5 +356,5 @@ def _not_twice(ctx: Any, *_grads: Any) -> NoReturn:
     )
 
 
-for _name in ("affine", "masked_norm", "activation_pattern", "margin"):
+for _name in ("affine", "masked_norm", "chain_norm", "activation_pattern", "margin"):
     torch.library.register_autograd(f"locallip_cuda::{_name}_backward", _not_twice)

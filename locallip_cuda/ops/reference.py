@@ -7,7 +7,7 @@ Nothing here is tuned. Every function is differentiable by autograd and takes th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,63 @@ def masked_norm(
     conv = (stride, padding, dilation, groups)
     if weight.dim() == 2 and weight.shape[0] <= 16:
         iterations = max(iterations, weight.shape[0] - 1)
+    return _largest(
+        lambda x: affine(x, weight, None, *conv),
+        lambda y: adjoint(weight, y, input_shape[1:], *conv),
+        row_mask,
+        col_mask,
+        start,
+        input_shape,
+        iterations,
+        weight,
+    )
 
+
+def chain_norm(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    start: Tensor | None,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: Sequence[int],
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`masked_norm` of weights in a row with masks between them, as :func:`locallip_cuda.ops.chain_norm`."""
+
+    def conv(k: int) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
+        pair = slice(2 * k, 2 * k + 2)
+        return stride[pair], padding[pair], dilation[pair], groups[k]
+
+    def forward(x: Tensor) -> Tensor:
+        for k, weight in enumerate(weights):
+            x = affine(x, weight, None, *conv(k))
+            if k < len(masks):
+                x = torch.where(masks[k], x.reshape(len(x), *masks[k].shape[1:]), 0)
+        return x
+
+    def backward(y: Tensor) -> Tensor:
+        x = y.new_zeros(len(y), *input_shape[1:]).requires_grad_()
+        with torch.enable_grad():
+            image = forward(x)
+        return torch.autograd.grad(image, x, y)[0]
+
+    return _largest(forward, backward, row_mask, col_mask, start, input_shape, iterations, weights[0])
+
+
+def _largest(
+    apply: Callable[[Tensor], Tensor],
+    transposed: Callable[[Tensor], Tensor],
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    start: Tensor | None,
+    input_shape: Sequence[int],
+    iterations: int,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     def length(x: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
         return norms.view(-1, *[1] * (x.dim() - 1))
@@ -96,11 +152,11 @@ def masked_norm(
         return x if col_mask is None else torch.where(col_mask, x, 0)
 
     def forward(x: Tensor) -> Tensor:
-        z = affine(x, weight, None, *conv)
+        z = apply(x)
         return z if row_mask is None else torch.where(row_mask, z, 0)
 
     with torch.no_grad():
-        x = unit(project(pseudo_random(input_shape, 0, weight)))
+        x = unit(project(pseudo_random(input_shape, 0, like)))
         if start is not None:
             x = unit(project(start.expand(*input_shape))) + NOISE * x
         right: list[Tensor] = []
@@ -112,11 +168,11 @@ def masked_norm(
                     x = x - q * (q * x).flatten(1).sum(1).view(-1, *[1] * (x.dim() - 1))
             right.append(unit(x, noise))
             left.append(forward(right[-1]))
-            x = project(adjoint(weight, left[-1], input_shape[1:], *conv))
+            x = project(transposed(left[-1]))
         basis = torch.stack([q.flatten(1) for q in right], 2)
         image = torch.stack([z.flatten(1) for z in left], 2)
         u, s, vh = torch.linalg.svd(image, full_matrices=False)
-        alive = (s[:, :1] > 0).to(weight.dtype)
+        alive = (s[:, :1] > 0).to(like.dtype)
         best_left = (u[:, :, 0] * alive).reshape_as(left[0])
         best_right = ((basis @ vh[:, 0].unsqueeze(2)).squeeze(2) * alive).reshape_as(right[0])
     # v^T W u with u and v held constant carries exactly the analytic gradient
