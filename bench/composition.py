@@ -33,6 +33,7 @@ def gains(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[list[str]]
     rows: list[list[str]] = []
     rivals = F.one_hot(y, model(x[:1]).shape[1]) == 0
     product: tuple[Tensor, Tensor] | None = None
+    ll.local_bounds(model, x, eps, iterations=1)  # what the first call does alone is not timed
     for window in WINDOWS:
         started = time.perf_counter()
         b = ll.local_bounds(model, x, eps, window=window, iterations=ITERATIONS)

@@ -24,7 +24,7 @@ from .norms.masked_norm import (
 )
 from .norms.operator import described
 from .propagation import agreement
-from .propagation.composition import Chain, chains, check_window, last_chain, radii
+from .propagation.composition import Chain, chains, check_window, folded_map, last_chain, radii
 from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
 from .propagation.estimate import Fact as EstimatedFact
 from .propagation.functional import Functional, Lengths, functional, lengths
@@ -330,12 +330,17 @@ def _check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
 
 
+def _norms(graph: Graph, window: float) -> tuple[int, int]:
+    """How many norms a pass takes: of operators, and of chains."""
+    return len(graph.operators), sum(map(len, chains(graph, window).values()))
+
+
 def _check_norms(norms: TrainingNorms, graph: Graph, window: float, guarantee: str = "estimate") -> None:
     if not isinstance(norms, TrainingNorms):
         raise TypeError(f"norms: got {described(norms)}, want a locallip_cuda.TrainingNorms or None")
     if guarantee != "estimate":
         raise ValueError(f"norms: got some under guarantee {guarantee!r}, want None: they prove nothing")
-    single, composed = len(graph.operators), sum(map(len, chains(graph, window).values()))
+    single, composed = _norms(graph, window)
     if len(norms.iterations) != single + composed:
         more = f" and {composed} chains within a window of {window}" if composed else ""
         raise ValueError(f"norms: got those of {len(norms.iterations)} operators, want model's {single}{more}")
@@ -444,7 +449,7 @@ def local_bounds(
         if norms is not None:
             _check_norms(norms, graph, window, guarantee)
         at_input = _radius_of_input(eps, x.double())
-        count = len(graph.operators) + sum(map(len, chains(graph, window).values()))
+        count = sum(_norms(graph, window))
         proof = Proof(radius, guarantee, failure_probability, seed, count, window=window)
         bounds = _proved(graph, proof, proof.run(graph, x, at_input), at_input, failure_probability)
         if agreement.is_due(model, x, proof=True):
@@ -556,8 +561,9 @@ def _functional(graph: Graph, done: Estimate | Proof, columns: Tensor | None, ra
     """Through as many layers as are composed; None where norms are not."""
     if done.window == 1 or len(graph.head.terms) > 1:
         return None
-    live: dict[Layer, LinearMap] = {}
     chain = last_chain(graph, done.window)
-    for layer in chain.layers:
-        live[layer] = layer.terms[0].linear.with_weights(torch.clone)
-    return functional(chain, live.__getitem__, done.rows, done.inputs, done.closings, columns, radius)
+
+    def now(layer: Layer) -> LinearMap:  # a result is a snapshot, of which this part has gradients
+        return folded_map(layer).with_weights(torch.clone)
+
+    return functional(chain, now, done.rows, done.inputs, done.closings, columns, radius)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from verify_norms import DENSE, HIDDEN
 
 import locallip_cuda as ll
+from bench import composition as measured
 from locallip_cuda.nn import ClippedReLU, MaxMin
 from locallip_cuda.norms.linear import Dense, LinearMap, Masking, composed, is_of_even_size
 from locallip_cuda.norms.linear_bound import Stage, absolute_norm, proved_chain_norm, proved_norm
@@ -445,3 +446,37 @@ def test_rounding_and_folding_are_added(guarantee: str) -> None:
             rows = record.row_mask[k].double()
             true = float(torch.linalg.matrix_norm(rows[:, None] * one.dense(), 2))
             assert true <= float(record.norm[k]) <= true * (1 + 2e-3)
+
+
+def test_autocast_leaves_the_functional_alone() -> None:
+    model, sizes = network(3, 3, "relu", True)
+    model = model.float()
+    x, y = torch.rand(3, *sizes, generator=generator(3)), torch.tensor([0, 1, 2])
+    b = ll.local_bounds(model, x, 0.1, window=math.inf)
+    expected = b.worst_logits(y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(b.worst_logits(y), expected)
+
+
+def test_a_result_is_a_snapshot_with_gradients() -> None:
+    """What an optimiser's step does to the weights afterwards changes nothing, and the backward pass still goes."""
+    model, sizes = network(3, 3, "relu", True)
+    model.requires_grad_()
+    x, y = torch.rand(3, *sizes, generator=generator(3), dtype=torch.float64), torch.tensor([0, 1, 2])
+    expected = ll.local_bounds(model, x, 0.1, window=2).worst_logits(y)
+    b = ll.local_bounds(model, x, 0.1, window=2)
+    with torch.no_grad():
+        for module in model[4:]:
+            for parameter in module.parameters():
+                parameter.mul_(2)
+    assert torch.equal(b.worst_logits(y), expected)
+
+
+def test_what_composing_gains_by_the_command() -> None:
+    model, sizes = network(3, 3, "clipped", True)
+    model.requires_grad_()
+    x, y = torch.rand(4, *sizes, generator=generator(3), dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    rows = measured.gains(model, x, y, 0.1)
+    assert [row[0] for row in rows] == ["1", "2", "3", "inf"] and rows[0][1:3] == ["1.0000", "1.0000"]
+    assert 0 < float(rows[-1][2]) < 1 and float(rows[-1][1]) <= float(rows[1][1]) < 1
+    assert [row[0] for row in measured.steps(model, x, y, 0.1)] == ["1", "2", "3"]

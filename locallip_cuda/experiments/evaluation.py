@@ -169,10 +169,12 @@ class _Examiner:
         with self._stage("estimate", x):
             estimate = self._estimated(x, y, self.eps)
         certified = correct & (estimate.margin > 0)
+        certified_composed = certified
         if self.window > 1:
+            left = correct & ~certified
             with self._stage("composed estimate", x):
-                composed = self._estimated(x, y, self.eps, self.window)
-            certified_composed = certified | (correct & (composed.margin > 0))
+                composed = self._estimated(x[left], y[left], self.eps, self.window)
+            certified_composed = certified.masked_scatter(left, composed.margin > 0)
         with self._stage("attack", x):
             generator = torch.Generator(x.device).manual_seed(self.seed + batch.indices[0])
             attacked = pgd(self.model, x, y, self.eps, steps=self.attack_steps, generator=generator)
@@ -198,8 +200,9 @@ class _Examiner:
             self._prove(found, x, y, candidates, guarantee)
         if self.window > 1:
             for i in range(len(y)):
-                found[i]["curve_composed"] = float(far[i])
-                found[i]["composed"] = {"estimate": composed.verdict(i, certified_composed)}
+                found[i] |= {"curve_composed": float(far[i]), "composed": {}}
+            for k, i in enumerate(left.nonzero()[:, 0].tolist()):
+                found[i]["composed"]["estimate"] = composed.verdict(k, composed.margin > 0)
             for guarantee in self.proofs:
                 done = [found[i]["guarantees"].get(guarantee, {}).get("certified", False) for i in range(len(y))]
                 rest = certified_composed & ~torch.tensor(done, device=y.device)

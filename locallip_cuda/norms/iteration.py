@@ -59,6 +59,10 @@ def iterated_norm(
     return _of_any(linear, rows, columns, batch, start, iterations)
 
 
+def _laid_out(t: Tensor | None, sizes: list[int]) -> Tensor | None:
+    return None if t is None else t.reshape(len(t), *sizes)
+
+
 def _of_kernel(
     linear: Dense | Convolution,
     rows: Tensor | None,
@@ -69,14 +73,11 @@ def _of_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight, inner, outer, geometry = linear.planar()
 
-    def laid_out(t: Tensor | None, sizes: list[int]) -> Tensor | None:
-        return None if t is None else t.reshape(len(t), *sizes)
-
     sigma, right, left = ops.masked_norm(
         weight,
-        laid_out(rows, outer),
-        laid_out(columns, inner),
-        laid_out(start, inner),
+        _laid_out(rows, outer),
+        _laid_out(columns, inner),
+        _laid_out(start, inner),
         [batch, *inner],
         *geometry,
         iterations,
@@ -133,23 +134,16 @@ def _of_chain(
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels, masks = chain
-    planar = [kernel.planar() for kernel in kernels]
-    inner, outer = planar[0][1], planar[-1][2]
-    geometry = [own for _, _, _, own in planar]
-    stride, padding, dilation = (
-        [n for own in numbers for n in own] for numbers in list(zip(*geometry, strict=True))[:3]
-    )
-    groups = [own[3] for own in geometry]
-
-    def laid_out(t: Tensor | None, sizes: list[int]) -> Tensor | None:
-        return None if t is None else t.reshape(len(t), *sizes)
-
+    weights, inputs, outputs, geometry = zip(*(kernel.planar() for kernel in kernels), strict=True)
+    *numbers, groups = zip(*geometry, strict=True)
+    stride, padding, dilation = ([n for own in each for n in own] for each in numbers)
+    inner, outer = inputs[0], outputs[-1]
     sigma, right, left = ops.chain_norm(
-        [weight for weight, _, _, _ in planar],
+        weights,
         masks,
-        laid_out(rows, outer),
-        laid_out(columns, inner),
-        laid_out(start, inner),
+        _laid_out(rows, outer),
+        _laid_out(columns, inner),
+        _laid_out(start, inner),
         [batch, *inner],
         stride,
         padding,

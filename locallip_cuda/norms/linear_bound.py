@@ -32,6 +32,9 @@ from .masked_norm import ESTIMATE_CHUNK, ESTIMATE_ITERATIONS, TIGHTNESS, norm_bo
 DENSE_ENTRIES = 2**24
 DENSE_UNITS = 2048
 
+# At least what underflow inside maps in a row of even size does to a unit: TINY, times 720 binary orders, times units.
+CHAIN_UNDERFLOW = 2.0**-250
+
 
 @torch.no_grad()
 def converged_norm(linear: LinearMap, rows: Tensor | None, columns: Tensor | None, batch: int) -> Tensor:
@@ -185,7 +188,8 @@ def _written_out(
             parts.append(image.flatten(1)[:, own_columns])
         weight = torch.cat(parts)
         norm = proved_norm(Dense(weight), None, None, 1, "deterministic", failure_probability)
-        found[b] = up(norm[0] + up(rounding[b] * math.sqrt(count) * (1 + 4 * UNIT)))
+        off = up(rounding[b] * math.sqrt(count) * (1 + 4 * UNIT))
+        found[b] = up(up(norm[0] + off) + weight.numel() * CHAIN_UNDERFLOW)
     return found
 
 

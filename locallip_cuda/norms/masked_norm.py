@@ -296,6 +296,7 @@ def _estimates(
     return torch.cat(parts).double() if parts else weight.new_empty(0, dtype=torch.float64)
 
 
+GLOBAL_NORMS_AT_MOST = 1024
 _global_norms: dict[tuple[Any, ...], float] = {}
 
 
@@ -304,6 +305,8 @@ def _proved_global_norm(scaled: Tensor, input_shape: Sequence[int], geometry: Ge
     content = hashlib.sha256(scaled.contiguous().numpy().tobytes()).digest()
     key = (content, tuple(scaled.shape), tuple(input_shape[1:]), str(geometry))
     if key not in _global_norms:
+        if len(_global_norms) >= GLOBAL_NORMS_AT_MOST:
+            _global_norms.clear()
         arguments = (None, None, [1, *input_shape[1:]], *geometry)
         _, estimate = probable_norms(scaled, *arguments, *SEARCH)
         _global_norms[key] = float(proved_norms(scaled, None, None, estimate, *arguments[2:]))

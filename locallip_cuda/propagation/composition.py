@@ -65,6 +65,11 @@ def check_window(window: float) -> None:
         raise ValueError(f"window: got {window!r}, want an integer >= 1, or math.inf for all")
 
 
+def folded_map(layer: Layer) -> LinearMap:
+    """Of a layer of one term."""
+    return layer.terms[0].linear
+
+
 def chains(graph: Graph, window: float) -> dict[Layer, list[Chain]]:
     """Of every layer the chains of 2 to ``window`` layers that end in it, the shortest one first."""
     found: dict[Layer, list[Chain]] = {}

@@ -14,7 +14,7 @@ from ..norms.iteration import iterated_norm
 from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
 from ..shapes import flat
-from .composition import Chain
+from .composition import Chain, folded_map
 from .graph import Joined, Layer, Term, View, joined_radius
 from .recursion import Pass, check_norm, joined_mask, viewed_mask
 from .rules import Lipschitz
@@ -146,12 +146,12 @@ class Estimate(Pass[Fact]):
 
     def chain_norm(self, chain: Chain) -> Tensor:
         rows, columns = self.rows[chain.last], self.inputs[chain.first]
-        linear = chain.linear(_folded, self.rows)
+        linear = chain.linear(folded_map, self.rows)
         if self.kept is not None and self.y is not None:
             norm = self.kept.norm(chain.index, linear, rows, columns, self.y)
         else:
             with torch.no_grad():
-                whole = chain.linear(_folded, None)
+                whole = chain.linear(folded_map, None)
                 start = iterated_norm(whole, None, None, 1, None, START_ITERATIONS)[1]
             norm = iterated_norm(linear, rows, columns, len(rows), start, self.iterations)[0]
         check_norm(chain.last.path, norm)
@@ -257,7 +257,7 @@ class Global(Estimate):
         return Fact(out, None, radius, None, None)
 
     def chain_norm(self, chain: Chain) -> Tensor:
-        linear = chain.linear(_folded, None)
+        linear = chain.linear(folded_map, None)
         batch = len(self.rows[chain.last])
         if self.kept is not None:
             norm = self.kept.shared_norm(chain.index, linear)
@@ -275,10 +275,6 @@ class Global(Estimate):
             norm = iterated_norm(term.linear, None, None, 1, None, self.iterations)[0]
         check_norm(path, norm)
         return norm.expand(batch)
-
-
-def _folded(layer: Layer) -> LinearMap:
-    return layer.terms[0].linear
 
 
 def box_of(fact: Fact) -> tuple[Tensor, Tensor, Tensor]:

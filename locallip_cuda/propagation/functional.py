@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..norms.linear import LinearMap, widest
 from .composition import ROWS_GO, Chain, Closing, composed_reach
 from .graph import Layer
+from .trace import without_autocast
 
 # elements of the vectors that are worked on at a time
 CHUNK = 2**24
@@ -89,8 +90,9 @@ class Functional:
                 rivals = others[samples, start : start + own]
 
                 def part(weight: Tensor, rivals: Tensor = rivals, samples: slice = samples) -> Tensor:
-                    directions = weight[rivals] - weight[y[samples]].unsqueeze(1)
-                    return self._far(lengths(self, directions, samples), samples, rounded)
+                    with without_autocast(weight.device.type):
+                        directions = weight[rivals] - weight[y[samples]].unsqueeze(1)
+                        return self._far(lengths(self, directions, samples), samples, rounded)
 
                 # several chunks are gone through once more for their gradients, or they would all be kept
                 again = not whole and torch.is_grad_enabled()

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Sum
-from ..norms.linear_bound import Stage, absolute_norm, product_off_by, proved_chain_norm, proved_norm
+from ..norms.linear_bound import CHAIN_UNDERFLOW, Stage, absolute_norm, product_off_by, proved_chain_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up
-from .composition import Chain
+from .composition import Chain, folded_map
 from .functional import Functional, Lengths
 from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, joined_radius
 from .recursion import Pass, joined_mask, viewed_mask
@@ -326,7 +326,7 @@ class Proof(Pass[Fact]):
         return Fact(values, error, centre, half_width, radius, columns)
 
     def chain_norm(self, chain: Chain) -> Tensor:
-        linear = chain.linear(_folded, self.rows)
+        linear = chain.linear(folded_map, self.rows)
         stages = [self.stages[layer] for layer in chain.layers]
         rows, columns = self.rows[chain.last], self.inputs[chain.first]
         more = (self.guarantee, self.failure_probability, TIGHTNESS, self.seed)
@@ -370,10 +370,6 @@ def term_norm(
     return up(norm + up(absolute_norm(term.parts, rows, columns, batch) * _folding(term)))
 
 
-def _folded(layer: Layer) -> LinearMap:
-    return layer.terms[0].linear
-
-
 def _is_computed(term: Term) -> bool:
     """Whether the entries of its map are not stored weights."""
     return term.linear is not term.parts or term.parts.roundings > 0
@@ -414,9 +410,9 @@ def proved_lengths(stages: Mapping[Layer, Stage], weight_error: Tensor | None) -
                 term, nu = of.steps[i - 1].layer.terms[0], stages[of.steps[i - 1].layer].absolute
                 off = gamma(term.linear.adjoint_terms + 8) + (_folding(term) if _is_computed(term) else 0.0)
                 error = up(up(error + up(off * found[-1]) * (1 + 4 * UNIT)) * nu) * (1 + 8 * UNIT)
-                error = up(error + g[0, 0].numel() * 2.0**-900)
+                error = up(error + g[0, 0].numel() * CHAIN_UNDERFLOW)
             else:
-                error = up(4 * UNIT * _long(g) + wrong) * (1 + 4 * UNIT) + 2.0**-900
+                error = up(4 * UNIT * _long(g) + wrong) * (1 + 4 * UNIT) + CHAIN_UNDERFLOW
             found.append(up(_long(g) + error))
         return found
 

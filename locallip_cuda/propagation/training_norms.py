@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..norms.iteration import iterated_norm
 from ..norms.linear import Composed, Dense, Identity, LinearMap, Rearrangement, Scaling, without_masks
 from ..norms.masked_norm import check_input
-from .composition import chains, check_window
+from .composition import chains, check_window, folded_map
 from .graph import lowered, output_classes, traced
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class TrainingNorms(nn.Module):
             classes = output_classes(trace)
             graph = lowered(trace, x.dtype)
             of_layers = [chain for each in chains(graph, window).values() for chain in each]
-            composed = [chain.linear(lambda layer: layer.terms[0].linear, None) for chain in of_layers]
+            composed = [chain.linear(folded_map, None) for chain in of_layers]
             for linear in (*(term.linear for term in graph.operators), *composed):
                 dense = _begins_dense(linear)
                 vectors = iterated_norm(linear, None, None, 1, None, FIRST_ITERATIONS)[1]
