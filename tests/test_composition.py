@@ -383,8 +383,29 @@ def test_training_norms_know_their_window() -> None:
         b = ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=3)
         norms.control(b, y)
     b = ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=3)
-    unshared = [not shared for shared in norms.shared[3:]]
-    assert (b.composed_closeness[:, unshared] > 0.98).all() and (b.composed_closeness[:, unshared] <= 1 + 1e-9).all()
+    assert not any(norms.shared[3:])
+    assert (b.composed_closeness > 0.98).all() and (b.composed_closeness <= 1 + 1e-9).all()
+
+
+def test_a_chain_that_is_less_without_its_masks_stays_close_in_training() -> None:
+    """A_2 A_1 = 0, as of |x| = relu(x) + relu(-x): with half of the units off the chain has norm 1."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=generator(9), dtype=torch.float64))[0]
+    with torch.no_grad():
+        model[0].weight.copy_(torch.cat([turn, -turn]))
+        model[2].weight.copy_(torch.cat([torch.eye(4), torch.eye(4)], 1))
+        for i in (0, 2):
+            model[i].bias.zero_()
+    x, y = 3 * turn.sum(0).repeat(9, 1), torch.arange(9) % 3
+    norms = ll.TrainingNorms(model, x, window=2)
+    for _ in range(4):
+        b = ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=2)
+        norms.control(b, y)
+        assert norms.shared[2:] == [False]
+        torch.testing.assert_close(b.composed[0].norm, torch.ones(9, dtype=torch.float64))
+        assert (b.composed_closeness - 1).abs().max() < 1e-6
+    whole = ll.global_bounds(model, x, 0.1, norms=norms, window=2)
+    assert float(whole.composed[0].norm.detach().max()) < 1e-6
 
 
 def test_certificates_and_radii_take_a_window() -> None:

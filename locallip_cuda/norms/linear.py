@@ -572,14 +572,6 @@ def without_ends(
     return (Composed(maps) if len(maps) > 1 else maps[0]), rows, columns, first, last
 
 
-def without_masks(linear: LinearMap) -> LinearMap:
-    """A product of maps without the masks between them."""
-    if not isinstance(linear, Composed):
-        return linear
-    maps = [each for each in linear.maps if not isinstance(each, Masking)]
-    return Composed(maps) if len(maps) > 1 else maps[0]
-
-
 def widest(linear: LinearMap) -> int:
     """Units of the largest vector on the way through a map."""
     own = max(math.prod(linear.input_sizes), math.prod(linear.output_sizes))

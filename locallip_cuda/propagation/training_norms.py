@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..norms.iteration import iterated_norm
-from ..norms.linear import Composed, Dense, Identity, LinearMap, Rearrangement, Scaling, without_masks
+from ..norms.linear import Composed, Dense, Identity, LinearMap, Rearrangement, Scaling
 from ..norms.masked_norm import check_input
 from .composition import chains, check_window, folded_map
 from .graph import lowered, output_classes, traced
@@ -63,8 +63,9 @@ class TrainingNorms(nn.Module):
     A convolution starts from one right singular vector, the mean over the last batches, a dense layer from one for
     every class. In training mode every call moves them by the batch's; in eval mode they stay. Where its masks take
     away next to nothing of it (2 %), a layer has one norm for all samples, its global one, which is above the masked
-    ones; everywhere else norms are Ritz values, below the true ones but for rounding. The state travels in
-    ``state_dict()``.
+    ones; everywhere else norms are Ritz values, below the true ones but for rounding. A chain of maps never has: with
+    fewer units between two maps the norm of their product can be larger, and no global one is above it. The state
+    travels in ``state_dict()``.
 
     Args:
         model: the network, on its device; its operators' sizes are taken from it, and first vectors.
@@ -74,7 +75,7 @@ class TrainingNorms(nn.Module):
     Attributes:
         iterations: of every layer but the last, then of every chain of maps that is composed; those of a shared norm
             are 15.
-        shared: whether the layer, or chain, has one norm for all samples.
+        shared: whether the layer has one norm for all samples; of chains False.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, *, window: float = 1) -> None:
@@ -117,7 +118,7 @@ class TrainingNorms(nn.Module):
     def norm(self, layer: int, linear: LinearMap, rows: Tensor, columns: Tensor | None, y: Tensor) -> Tensor:
         """(B,) norms of the operator, or chain, of this number for one batch, differentiable in the weights."""
         if self.shared[layer]:
-            return self.shared_norm(layer, without_masks(linear)).expand(len(rows))
+            return self.shared_norm(layer, linear).expand(len(rows))
         start = self._start(layer, linear.input_sizes, y)
         norm, right, _ = iterated_norm(linear, rows, columns, len(rows), start, self.iterations[layer])
         if self.training:
@@ -181,18 +182,20 @@ class TrainingNorms(nn.Module):
         choices: dict[int, list[int]] = {}
         costs: dict[int, float] = {}
         chosen = torch.arange(count, device=y.device)
+        single = len(bounds.layers)
         for layer, bound in enumerate((*bounds.layers, *bounds.composed)):
             linear, rows, columns = bound.linear.of_samples(chosen), bound.row_mask[:count], bound.input_mask
             if isinstance(linear, (Identity, Scaling, Rearrangement)):  # exact, however many iterations
                 continue
             columns, sizes = None if columns is None else columns[:count], linear.input_sizes
             kept, start = self._kept(layer, sizes), self._start(layer, sizes, y[:count])
-            whole = iterated_norm(without_masks(linear), None, None, 1, kept[:1], CONVERGED_ITERATIONS)[0]
             converged = iterated_norm(linear, rows, columns, count, start, CONVERGED_ITERATIONS)[0]
-            share = float(converged.mean() / whole)
-            self.shared[layer] = share >= (LESS_SHARE if self.shared[layer] else SHARE)
-            if self.shared[layer]:
-                continue
+            if layer < single:
+                whole = iterated_norm(linear, None, None, 1, kept[:1], CONVERGED_ITERATIONS)[0]
+                share = float(converged.mean() / whole)
+                self.shared[layer] = share >= (LESS_SHARE if self.shared[layer] else SHARE)
+                if self.shared[layer]:
+                    continue
             least = LEAST_DENSE if _begins_dense(linear) else LEAST
             fewer = [c for c in CHOICES if c < self.iterations[layer]][-DOWN_AT_ONCE:]
             choices[layer] = [c for c in CHOICES if c >= max([least, *fewer[:1]])]
@@ -203,7 +206,6 @@ class TrainingNorms(nn.Module):
                 if ratios[layer][-1].mean() > 0.999:
                     break
             costs[layer] = _cost(linear)
-        single = len(bounds.layers)
         for layer, choice in _cheapest(ratios, choices, costs, single).items():
             self.iterations[layer] = choice
 
