@@ -91,8 +91,9 @@ def survivors(
     return matrix[rows][:, columns]
 
 
-def quotient_below(matrix: scipy.sparse.csr_array, x: np.ndarray) -> np.longdouble:
-    """At most ||A x|| / ||x|| in real arithmetic: the quotient in extended precision less a bound of its rounding.
+def quotient_below(x: np.ndarray, *maps: scipy.sparse.csr_array) -> np.longdouble:
+    """At most ||A x|| / ||x|| in real arithmetic, A the product of ``maps``, the first one applied first: the quotient
+    in extended precision less a bound of its rounding.
 
     |fl(A x) - A x| <= gamma(k) |A| |x| by components, k the most terms to a row, in any order of summation; sums of
     squares, their roots and the quotient have relative errors. Float64 squares neither overflow nor underflow here.
@@ -101,14 +102,17 @@ def quotient_below(matrix: scipy.sparse.csr_array, x: np.ndarray) -> np.longdoub
     def gamma(k: int) -> np.longdouble:
         return k * UNIT / (1 - k * UNIT)
 
-    m, n = matrix.shape
-    terms = int(np.diff(matrix.indptr).max(initial=0))
     x = x.astype(np.longdouble)
-    wide = matrix.astype(np.longdouble)
-    image, size = wide @ x, abs(wide) @ abs(x)
+    image, off = x, np.zeros_like(x)
+    for matrix in maps:
+        terms = int(np.diff(matrix.indptr).max(initial=0))
+        wide = matrix.astype(np.longdouble)
+        size = abs(wide)
+        image, off = wide @ image, (size @ off + gamma(terms) * (size @ abs(image))) * (1 + gamma(2 * terms + 8))
+    m = len(image)
     length = np.sqrt((image * image).sum()) * (1 - gamma(m + 4))
-    error = gamma(terms) * np.sqrt((size * size).sum()) * (1 + gamma(m + terms + 8))
-    below = (length - error) / (np.sqrt((x * x).sum()) * (1 + gamma(n + 4))) * (1 - 8 * UNIT)
+    error = np.sqrt((off * off).sum()) * (1 + gamma(m + 8))
+    below = (length - error) / (np.sqrt((x * x).sum()) * (1 + gamma(len(x) + 4))) * (1 - 8 * UNIT)
     return max(below, np.longdouble(0))
 
 
@@ -146,21 +150,26 @@ def _lanczos(matrix: scipy.sparse.csr_array) -> tuple[float, np.ndarray]:
     return float(np.sqrt(values[0])), vector if columns <= rows else matrix.T @ vector
 
 
-def operator_norm(matrix: scipy.sparse.csr_array) -> Norm:
-    """Norm of a sparse float64 matrix: the float64 singular value, and its singular vector's quotient as the proof."""
-    largest = abs(matrix).max() if matrix.nnz and min(matrix.shape) else 0.0
-    if largest == 0:
-        return Norm(np.longdouble(0), np.longdouble(0))
-    exponent = int(np.frexp(largest)[1])
-    scaled = matrix.astype(np.longdouble)
-    scaled.data = np.ldexp(scaled.data, -exponent)
-    scaled = scaled.astype(np.float64)
-    if matrix.shape[0] * matrix.shape[1] <= DENSE:
-        _, values, right = scipy.linalg.svd(scaled.toarray(), full_matrices=False, check_finite=False)
+def operator_norm(*maps: scipy.sparse.csr_array) -> Norm:
+    """Norm of a sparse float64 matrix, or of a product of some, the first one applied first: the float64 singular
+    value, and its singular vector's quotient as the proof."""
+    exponent, product = 0, None
+    for matrix in maps:
+        largest = abs(matrix).max() if matrix.nnz and min(matrix.shape) else 0.0
+        if largest == 0:
+            return Norm(np.longdouble(0), np.longdouble(0))
+        own = int(np.frexp(largest)[1])
+        scaled = matrix.astype(np.longdouble)
+        scaled.data = np.ldexp(scaled.data, -own)
+        scaled = scaled.astype(np.float64)
+        exponent, product = exponent + own, scaled if product is None else scaled @ product
+    assert product is not None
+    if product.shape[0] * product.shape[1] <= DENSE:
+        _, values, right = scipy.linalg.svd(product.toarray(), full_matrices=False, check_finite=False)
         value, vector = values[0], right[0]
     else:
-        value, vector = _lanczos(scaled)
-    return Norm(quotient_below(matrix, vector), np.ldexp(np.longdouble(value), exponent))
+        value, vector = _lanczos(product)
+    return Norm(quotient_below(vector, *maps), np.ldexp(np.longdouble(value), exponent))
 
 
 # --- networks in rationals --------------------------------------------------------------------------------------------

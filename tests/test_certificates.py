@@ -46,7 +46,9 @@ from verify_norms import (
     HIDDEN,
     LIMITS,
     MaskedOperators,
+    Operators,
     Tally,
+    chain_operators,
     convolution_operators,
     dense_operators,
     hidden_from_the_start,
@@ -74,21 +76,16 @@ def normal(seed: int, *shape: int) -> Tensor:
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
-def proved_norms(problem: MaskedOperators) -> list[np.longdouble]:
+def lowest(problem: MaskedOperators) -> list[np.longdouble]:
     """A proved lower bound of every sample's norm."""
-    whole = operator_matrix(problem.weight, problem.input_size, **problem.conv)
-    masks = [
-        [None if mask is None else mask[b] for mask in (problem.row_mask, problem.col_mask)]
-        for b in range(len(problem))
-    ]
-    return [operator_norm(survivors(whole, *pair)).lower for pair in masks]
+    return [norm.lower for norm in problem.norms()]
 
 
 def assert_bounds(problem: MaskedOperators, guarantee: str, device: str = "cpu", worst: float | None = None) -> None:
     bound = problem.bound(guarantee, device)
-    assert bound.guarantee == guarantee and bound.upper.dtype == problem.weight.dtype
+    assert bound.dtype == problem.weight.dtype
     _, limit = LIMITS[guarantee]
-    for upper, norm in zip(bound.upper.double().tolist(), proved_norms(problem), strict=True):
+    for upper, norm in zip(bound.double().tolist(), lowest(problem), strict=True):
         assert np.longdouble(upper) >= norm, f"{problem.kind}: {upper!r} is below the norm {norm!r}"
         if norm == 0:
             assert upper == 0
@@ -115,8 +112,9 @@ def test_bounds_of_every_kind_of_matrix(kind: str, guarantee: str, device: str) 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bounds_of_random_operators(device: str) -> None:
     """A small run of `python -m tests.verify_norms`; the estimate is below the norm, if by its rounding only."""
-    problems = [dense_operators(generator(k), largest=96) for k in range(70)]
+    problems: list[Operators] = [dense_operators(generator(k), largest=96) for k in range(70)]
     problems += [convolution_operators(generator(k), channels=6, pixels=7) for k in range(50)]
+    problems += [chain_operators(generator(k), largest=40, channels=5, pixels=6) for k in range(40)]
     tallies, disagreement = verify(enumerate(problems), ["estimate", *PROOFS], device)
     assert disagreement < 1e-13
     for guarantee in PROOFS:
@@ -168,8 +166,8 @@ def test_masks_that_leave_denormal_numbers_alone(guarantee: str) -> None:
         masks[0][:, 0] = masks[1][:, 0] = False
         masks[0][1, 5:] = False
         problem = MaskedOperators("denormal", weight, *masks)
-        bound = problem.bound(guarantee).upper.double()
-        for upper, norm in zip(bound.tolist(), proved_norms(problem), strict=True):
+        bound = problem.bound(guarantee).double()
+        for upper, norm in zip(bound.tolist(), lowest(problem), strict=True):
             assert np.longdouble(upper) >= norm > 0
         assert (bound < 1e-30).all(), "the hidden weights are counted"
 
@@ -183,7 +181,7 @@ def test_norms_that_are_denormal_numbers(guarantee: str) -> None:
         weight[1] = (2.0 ** (8 + seed % 20) * normal(seed, 1)).round() * 2.0**-1060
         columns = torch.arange(6) <= 1 + seed % 5
         problem = MaskedOperators("denormal", weight, torch.tensor([[False, True]]), columns[None])
-        [norm], upper = proved_norms(problem), problem.bound(guarantee).upper.item()
+        [norm], upper = lowest(problem), problem.bound(guarantee).item()
         assert np.longdouble(upper) >= norm, seed
 
 
@@ -197,7 +195,7 @@ def misleading_problems() -> list[tuple[MaskedOperators, list[np.longdouble]]]:
         weight[:6] *= 0.9  # the second group has the norm
         masks = bits(1, 1, 12, 8, 9, density=0.8), bits(2, 1, 12, 8, 9, density=0.8)
         problems.append(MaskedOperators("windows", weight, *masks, (12, 8, 9), {"padding": 1, "groups": groups}))
-    return [(problem, proved_norms(problem)) for problem in problems]
+    return [(problem, lowest(problem)) for problem in problems]
 
 
 @pytest.mark.parametrize("factor", [0.5, 1 - 1e-5, 2.0, math.nan])
@@ -212,7 +210,7 @@ def test_a_wrong_estimate_is_not_believed(factor: float, monkeypatch: pytest.Mon
     monkeypatch.setattr(norms, "probable_norms", misled)
     monkeypatch.setattr(norms, "_global_norms", {})
     for problem, expected in misleading_problems():
-        upper = problem.bound("deterministic").upper.double().tolist()
+        upper = problem.bound("deterministic").double().tolist()
         assert all(np.longdouble(u) >= norm for u, norm in zip(upper, expected, strict=True)), problem.kind
 
 
@@ -269,7 +267,7 @@ STALLED: dict[str, Callable[[], tuple[Tensor, Tensor, float]]] = {
 def test_where_power_iteration_stalls(name: str, guarantee: str) -> None:
     weight, start, share = STALLED[name]()
     problem = MaskedOperators(name, weight, None, None)
-    [norm] = proved_norms(problem)
+    [norm] = lowest(problem)
     assert power_iteration(weight, start, 2000) < float(norm) * (1 - share)
     assert_bounds(problem, guarantee)
 
@@ -277,8 +275,8 @@ def test_where_power_iteration_stalls(name: str, guarantee: str) -> None:
 @every_proof
 def test_where_the_package_s_own_estimate_stalls(guarantee: str) -> None:
     problem = MaskedOperators(HIDDEN, hidden_from_the_start(generator(0), 256, 1.001), None, None)
-    [norm] = proved_norms(problem)
-    assert problem.bound("estimate").upper.item() < float(norm) * (1 - 4e-3)
+    [norm] = lowest(problem)
+    assert problem.bound("estimate").item() < float(norm) * (1 - 4e-3)
     assert_bounds(problem, guarantee)
 
 

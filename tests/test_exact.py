@@ -54,7 +54,7 @@ def test_proved_lower_bound_is_the_rational_quotient_to_18_digits() -> None:
         x = normal(index, dense.shape[1]).numpy()
         image = fmpq_mat(*dense.shape, rationals(problem.weight)) * fmpq_mat(len(x), 1, [rational(v) for v in x])
         square = sum(row[0] ** 2 for row in image.tolist()) / sum(rational(v) ** 2 for v in x)
-        below = quotient_below(dense, x)
+        below = quotient_below(x, dense)
         mantissa, exponent = np.frexp(below)
         high = float(mantissa)
         exact = (rational(high) + rational(float(mantissa - np.longdouble(high)))) * fmpq(2) ** int(exponent)

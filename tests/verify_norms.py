@@ -1,5 +1,7 @@
 """Upper bounds of masked norms against verified lower bounds, on random and adversarial operators: the check at scale.
 
+Operators are weights of one layer, or those of several in a row with masks between them.
+
     python -m tests.verify_norms --count 10000 --seed 0 --out bench/results/norms.json
 
 Every masked operator is compared with the norm of its surviving rows and columns: LAPACK's largest singular value
@@ -30,9 +32,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import locallip_cuda as ll
-from locallip_cuda.norms.masked_norm import NormBound
+from locallip_cuda.norms.linear import Convolution, Dense, LinearMap, Masking, Reshape, composed, is_of_even_size
+from locallip_cuda.norms.linear_bound import Stage, absolute_norm, converged_norm, proved_chain_norm, proved_norm
 from locallip_cuda.ops.reference import pseudo_random
-from tests.exact import operator_matrix, operator_norm, survivors
+from tests.exact import Norm, operator_matrix, operator_norm, survivors
 
 LARGEST = 512  # rows and columns of a dense operator
 CHANNELS, PIXELS = 32, 16
@@ -56,10 +59,104 @@ class MaskedOperators:
     def __len__(self) -> int:
         return max((len(mask) for mask in (self.row_mask, self.col_mask) if mask is not None), default=1)
 
-    def bound(self, guarantee: str, device: str = "cpu") -> NormBound:
+    def bound(self, guarantee: str, device: str = "cpu") -> Tensor:
+        """(B,) or (1,)"""
         weight, *masks = (None if t is None else t.to(device) for t in (self.weight, self.row_mask, self.col_mask))
         size = None if self.col_mask is not None else self.input_size
-        return ll.masked_norm_bound(weight, *masks, input_size=size, guarantee=guarantee, **self.conv)
+        return ll.masked_norm_bound(weight, *masks, input_size=size, guarantee=guarantee, **self.conv).upper
+
+    def norms(self) -> list[Norm]:
+        """Of every sample, by the oracle."""
+        whole = operator_matrix(self.weight, self.input_size, **self.conv)
+        found = []
+        for sample in range(len(self)):
+            masks = [None if mask is None else mask[sample] for mask in (self.row_mask, self.col_mask)]
+            found.append(operator_norm(survivors(whole, *masks)))
+        return found
+
+    @property
+    def limited(self) -> bool:
+        """Whether the excess of its bounds is to be below the limit."""
+        return True
+
+
+@dataclass
+class MaskedChains:
+    """Weights in a row, the first one applied first, with a mask (B, *) before, between and behind them.
+
+    maps: of each its weight, the size of its input, and how it strides.
+    """
+
+    kind: str
+    maps: list[tuple[Tensor, tuple[int, ...], dict[str, Any]]]
+    masks: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.masks[0])
+
+    @property
+    def linears(self) -> list[LinearMap]:
+        return [_map_of(weight.double(), size, conv) for weight, size, conv in self.maps]
+
+    def chain(self, linears: list[LinearMap]) -> LinearMap:
+        linear = linears[0]
+        for each, mask in zip(linears[1:], self.masks[1:-1], strict=True):
+            linear = composed(composed(linear, Masking(mask, each.like)), each)
+        return linear
+
+    def bound(self, guarantee: str, device: str = "cpu") -> Tensor:
+        """(B,)"""
+        here = MaskedChains(
+            self.kind,
+            [(weight.to(device), size, conv) for weight, size, conv in self.maps],
+            [mask.to(device) for mask in self.masks],
+        )
+        linears, masks = here.linears, here.masks
+        whole = here.chain(linears)
+        if guarantee == "estimate":
+            return converged_norm(whole, masks[-1], masks[0], len(self))
+        stages = []
+        for linear, before, behind in zip(linears, masks, masks[1:], strict=False):
+            norm = proved_norm(linear, behind, before, len(self), guarantee, 1e-9)
+            stages.append(Stage(linear, norm, absolute_norm(linear, None, None, 1)))
+        return proved_chain_norm(whole, masks[-1], masks[0], stages, guarantee, 1e-9)
+
+    def norms(self) -> list[Norm]:
+        """Of every sample, by the oracle."""
+        wholes = [operator_matrix(weight, size, **conv) for weight, size, conv in self.maps]
+        found = []
+        for sample in range(len(self)):
+            own = [mask[sample] for mask in self.masks]
+            parts = zip(wholes, own, own[1:], strict=False)
+            found.append(operator_norm(*(survivors(whole, behind, before) for whole, before, behind in parts)))
+        return found
+
+    @property
+    def limited(self) -> bool:
+        """Of far apart sizes it is the product of norms; and rounding shows where a map's masks leave next to nothing
+        of it, or the product next to nothing of its maps."""
+        linears = self.linears
+        if not is_of_even_size(self.chain(linears)):
+            return False
+        products = np.ones(len(self), dtype=np.longdouble)
+        for linear, (weight, size, conv), before, behind in zip(
+            linears, self.maps, self.masks, self.masks[1:], strict=False
+        ):
+            own = np.array([norm.value for norm in MaskedOperators("", weight, behind, before, size, conv).norms()])
+            if ((own > 0) & (own < 1e-6 * float(absolute_norm(linear, None, None, 1)))).any():
+                return False
+            products *= own
+        return all(norm.value >= 1e-3 * product for norm, product in zip(self.norms(), products, strict=True))
+
+
+Operators = MaskedOperators | MaskedChains
+
+
+def _map_of(weight: Tensor, size: tuple[int, ...], conv: dict[str, Any]) -> LinearMap:
+    if weight.dim() == 2:
+        return Dense(weight) if len(size) == 1 else composed(Reshape(size, (math.prod(size),), weight), Dense(weight))
+    pairs = [[conv[name]] * 2 for name in ("stride", "padding", "dilation")]
+    return Convolution(weight, size, *pairs, conv["groups"])
 
 
 def _normal(g: torch.Generator, *shape: int) -> Tensor:
@@ -244,10 +341,44 @@ def convolution_operators(g: torch.Generator, channels: int = CHANNELS, pixels: 
     return MaskedOperators(f"convolution: {kind}", weight, row_mask, col_mask, (cin, *size), conv)
 
 
-def operator_at(seed: int, index: int, share_of_convolutions: float = 0.4) -> MaskedOperators:
+def chain_operators(g: torch.Generator, largest: int = 96, channels: int = 8, pixels: int = 9) -> MaskedChains:
+    """Two to four layers: convolutions, then dense ones."""
+    count = 2 + int(torch.randint(3, (), generator=g))
+    convolutions = _choice(g, [0, 0, 1, 2, count])
+    batch = 1 + int(torch.randint(MOST_MASKS, (), generator=g))
+    maps: list[tuple[Tensor, tuple[int, ...], dict[str, Any]]] = []
+    kinds = []
+    size = tuple(_sizes(g, *([channels, pixels, pixels] if convolutions else [largest])))
+    masks = [size]
+    for k in range(count):
+        if k < convolutions:
+            kinds.append(_choice(g, list(CONVOLUTIONS)))
+            kernel = [1 + int(torch.randint(min(n + 2, 4), (), generator=g)) for n in size[1:]]
+            conv = {"stride": _choice(g, [1, 1, 2]), "padding": 1, "dilation": 1, "groups": 1}
+            weight = _stored(g, CONVOLUTIONS[kinds[-1]](g, [*_sizes(g, channels), size[0], *kernel]))
+            out = tuple(F.conv2d(torch.zeros(1, *size, dtype=weight.dtype), weight, None, **conv).shape[1:])
+        else:
+            kinds.append(_choice(g, [kind for kind in DENSE if kind != HIDDEN]))
+            conv, out = {}, tuple(_sizes(g, largest))
+            weight = _stored(g, DENSE[kinds[-1]](g, *out, math.prod(size)))
+        maps.append((weight, size, conv))
+        masks.append(out)
+        size = out
+    found = [_mask(g, batch, list(each)) for each in masks]
+    full = [
+        torch.ones(batch, *each, dtype=torch.bool) if mask is None else mask
+        for mask, each in zip(found, masks, strict=True)
+    ]
+    return MaskedChains("chain: " + ", ".join(kinds), maps, full)
+
+
+def operator_at(seed: int, index: int, share_of_convolutions: float = 0.4, share_of_chains: float = 0.2) -> Operators:
     """Operator number `index` of a run: it depends on nothing else."""
     g = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    return (convolution_operators if _uniform(g, 0, 1) < share_of_convolutions else dense_operators)(g)
+    drawn = _uniform(g, 0, 1)
+    if drawn < share_of_convolutions:
+        return convolution_operators(g)
+    return chain_operators(g) if drawn > 1 - share_of_chains else dense_operators(g)
 
 
 @dataclass
@@ -266,15 +397,16 @@ class Tally:
     not_zero: int = 0
     seconds: float = 0.0
 
-    def add(self, where: dict[str, Any], upper: Tensor, norms: list[Any]) -> None:
+    def add(self, where: dict[str, Any], upper: Tensor, norms: list[Norm], limited: bool = True) -> None:
+        """limited: whether an excess counts, and whether bounds of 0 are to be 0."""
         smallest = torch.finfo(upper.dtype).smallest_normal / torch.finfo(upper.dtype).eps
         for sample, (bound, norm) in enumerate(zip(upper.double().tolist(), norms, strict=True)):
             if not np.longdouble(bound) >= norm.lower:
                 self.violations.append({**where, "sample": sample, "bound": bound, "norm": float(norm.value)})
             elif norm.value == 0:
                 self.empty += 1
-                self.not_zero += bound > 0
-            elif norm.value >= smallest:
+                self.not_zero += limited and bound > 0
+            elif norm.value >= smallest and limited:
                 self.excess.append(float(np.longdouble(bound) / norm.value - 1))
                 if self.excess[-1] > self.limit:
                     self.loose.append({**where, "sample": sample, "excess": self.excess[-1]})
@@ -294,24 +426,21 @@ class Tally:
 
 
 def verify(
-    operators: Iterable[tuple[int, MaskedOperators]], guarantees: list[str], device: str = "cpu"
+    operators: Iterable[tuple[int, Operators]], guarantees: list[str], device: str = "cpu"
 ) -> tuple[dict[str, Tally], float]:
     """The tally of every guarantee, and the oracle's own worst disagreement: singular value by proved lower bound."""
     tallies = {guarantee: Tally(LIMITS.get(guarantee, (0, math.inf))[1]) for guarantee in guarantees}
     disagreement = 0.0
     for index, problem in operators:
-        whole = operator_matrix(problem.weight, problem.input_size, **problem.conv)
-        norms = []
-        for sample in range(len(problem)):
-            masks = [None if mask is None else mask[sample] for mask in (problem.row_mask, problem.col_mask)]
-            norms.append(operator_norm(survivors(whole, *masks)))
-            if norms[-1].value > 0:
-                disagreement = max(disagreement, abs(float(norms[-1].lower / norms[-1].value - 1)))
+        norms, limited = problem.norms(), problem.limited
+        for norm in norms:
+            if norm.value > 0 and limited:
+                disagreement = max(disagreement, abs(float(norm.lower / norm.value - 1)))
         for guarantee, tally in tallies.items():
             start = time.perf_counter()
-            upper = problem.bound(guarantee, device).upper.expand(len(problem))
+            upper = problem.bound(guarantee, device).expand(len(problem))
             tally.seconds += time.perf_counter() - start
-            tally.add({"index": index, "kind": problem.kind}, upper, norms)
+            tally.add({"index": index, "kind": problem.kind}, upper, norms, limited)
     return tallies, disagreement
 
 
@@ -320,17 +449,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="masked operators (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--convolutions", type=float, default=0.4, metavar="SHARE", help="default: %(default)s")
+    parser.add_argument("--chains", type=float, default=0.2, metavar="SHARE", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="of the bounds (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the results go as JSON")
     arguments = parser.parse_args()
     done = 0
 
-    def operators() -> Iterator[tuple[int, MaskedOperators]]:
+    def operators() -> Iterator[tuple[int, Operators]]:
         nonlocal done
         index = 0
         with tqdm(total=arguments.count, unit="operator") as bar:
             while done < arguments.count:
-                problem = operator_at(arguments.seed, index, arguments.convolutions)
+                problem = operator_at(arguments.seed, index, arguments.convolutions, arguments.chains)
                 yield index, problem
                 index, done = index + 1, done + len(problem)
                 bar.update(len(problem))
