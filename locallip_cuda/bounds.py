@@ -24,7 +24,7 @@ from .norms.masked_norm import (
 )
 from .norms.operator import described
 from .propagation import agreement
-from .propagation.composition import Chain, chains, check_window, folded_map, last_chain, radii
+from .propagation.composition import Chain, Norms, chains, check_window, folded_map, last_chain, linked, radii
 from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
 from .propagation.estimate import Fact as EstimatedFact
 from .propagation.functional import Functional, Lengths, functional, lengths
@@ -74,7 +74,9 @@ class LocalBounds:
         last: one a value that the logits are affine in: features, box, radius, rows of the last layer.
         composed: one record a norm of two maps or more in a row, where ``window`` is above 1: as ``layers``, with the
             maps' masks between them, and without column_mask.
-        sparsity_terms, graph, functional: what the losses, global_lipschitz and the margin are made of.
+        unmasked: one record a norm of maps without masks, where ``window`` is above 1: masks between maps can make the
+            norm of a product larger.
+        sparsity_terms, graph, functionals: what the losses, global_lipschitz and the margin are made of.
     """
 
     logits: Tensor
@@ -83,10 +85,11 @@ class LocalBounds:
     guarantee: str
     layers: list[LayerBound]
     composed: list[ChainBound]
+    unmasked: list[ChainBound]
     last: list[LastTerm]
     sparsity_terms: Tensor
     graph: Graph
-    functional: Functional | None
+    functionals: list[Functional]
 
     @property
     def layer_norms(self) -> Tensor:
@@ -142,15 +145,17 @@ class LocalBounds:
 
     @cached_property
     def composed_closeness(self) -> Tensor:
-        """(B, chains) the same of the norms in ``composed``."""
-        return self._closeness(self.composed)
+        """(B, norms) the same of the norms in ``composed`` and ``unmasked``."""
+        return self._closeness([record for record in (*self.composed, *self.unmasked) if record.norm is not None])
 
     def _closeness(self, records: Sequence[ChainBound]) -> Tensor:
-        ratios = []
+        ratios, batch = [], len(self.eps)
         for record in records:
-            converged = converged_norm(record.linear, record.row_mask, record.input_mask, len(self.eps))
-            ratios.append(record.norm.detach().double() / converged)
-        none = torch.ones(len(self.eps), 0, dtype=torch.float64, device=self.eps.device)
+            assert record.norm is not None
+            masked = record.row_mask is not None
+            converged = converged_norm(record.linear, record.row_mask, record.input_mask, batch if masked else 1)
+            ratios.append((record.norm.detach().double() / converged).expand(batch))
+        none = torch.ones(batch, 0, dtype=torch.float64, device=self.eps.device)
         return torch.stack(ratios, 1).nan_to_num(nan=1.0) if ratios else none
 
     @cached_property
@@ -182,11 +187,19 @@ class LocalBounds:
         self.check_labels(y)
         worst = self.logits
         for t in self.last:
-            gain = ops.margin(t.features, t.lower, t.upper, t.radius, t.weight, y)
-            if self.functional is not None:
-                gain = torch.minimum(gain, self.functional.gains(t.weight, y, lengths, _identity))
-            worst = worst + gain
+            worst = worst + self._gain(t, y, [each for each in self.functionals if each.counts])
         return worst
+
+    def gains(self, y: Tensor, *, masked: bool) -> Tensor:
+        """(B, K) what each logit can gain on logit y, with or without the functional that has masks."""
+        own = [each for each in self.functionals if masked or not each.masked]
+        return torch.stack([self._gain(t, y, own) for t in self.last]).sum(0)
+
+    def _gain(self, t: LastTerm, y: Tensor, functionals: Sequence[Functional]) -> Tensor:
+        gain = ops.margin(t.features, t.lower, t.upper, t.radius, t.weight, y)
+        for each in functionals:
+            gain = torch.minimum(gain, each.gains(t.weight, y, lengths, _identity))
+        return gain
 
     def _check_classes(self) -> None:
         if self.logits.shape[1] < 2:
@@ -275,8 +288,8 @@ class ProvedBounds(LocalBounds):
             for t in self.last:
                 error = torch.zeros_like(t.features) if t.error is None else t.error
                 found = gains(t.features, error, t.lower, t.upper, t.radius, t.weight, y, t.weight_error)
-                if self.functional is not None:
-                    found = torch.minimum(found, self.functional.gains(t.weight, y, self.lengths, up))
+                for each in self.functionals:
+                    found = torch.minimum(found, each.gains(t.weight, y, self.lengths, up))
                 gain = found if len(self.last) == 1 else up(gain + found)
         label = y.unsqueeze(1)
         excess = up(up(self.logits - self.logits.gather(1, label)) + gain)
@@ -293,21 +306,26 @@ def _together(parts: list[Tensor]) -> Tensor:
 
 def _lipschitz(
     graph: Graph,
-    norms: Sequence[Tensor],
+    norms: Mapping[Layer, Norms] | Sequence[Tensor],
     one: Tensor,
     rounded: Callable[[Tensor], Tensor],
     of: Mapping[Layer, Sequence[Chain]] | None = None,
-    chain_norms: Mapping[Layer, Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """(B,) of the map to the head's facts together, and to each: their radii at 1, in a chain the product of norms.
 
-    of, chain_norms: the chains of layers that are composed, and their norms; None where none are.
+    norms: of the layers, or one an operator.   of: the chains of layers that are composed; None where none are.
     """
-    if graph.is_chain and norms and rounded is _identity and not any((chain_norms or {}).values()):
-        own = [torch.stack([norm.expand_as(one) for norm in norms], 1).prod(1)]
+    if not isinstance(norms, Mapping):
+        each = norms
+        norms = {
+            layer: Norms([each[term.index] if term.index >= 0 else None for term in layer.terms])
+            for layer in graph.layers
+        }
+    taken = [norm for layer in graph.layers for norm in norms[layer].terms if norm is not None]
+    if graph.is_chain and taken and rounded is _identity and not any((of or {}).values()):
+        own = [torch.stack([norm.expand_as(one) for norm in taken], 1).prod(1)]
     else:
-        none = {layer: () for layer in graph.layers}
-        found = radii(graph, one, norms, of or none, chain_norms or none, rounded)
+        found = radii(graph, one, norms, of or {layer: () for layer in graph.layers}, rounded)
         own = [found[term.source] for term in graph.head.terms]
     return own[0] if len(own) == 1 else joined_radius(own, rounded), own
 
@@ -331,8 +349,14 @@ def _check_iterations(iterations: int) -> None:
 
 
 def _norms(graph: Graph, window: float) -> tuple[int, int]:
-    """How many norms a pass takes: of operators, and of chains."""
+    """How many masked norms a pass takes: of operators, and of chains."""
     return len(graph.operators), sum(map(len, chains(graph, window).values()))
+
+
+def _unmasked_norms(graph: Graph, window: float) -> int:
+    """How many norms without masks a pass takes beside them."""
+    own, among = chains(graph, window), linked(graph, window)
+    return sum(len(own[layer]) + sum(term.index >= 0 for term in layer.terms) for layer in among)
 
 
 def _check_norms(norms: TrainingNorms, graph: Graph, window: float, guarantee: str = "estimate") -> None:
@@ -449,7 +473,7 @@ def local_bounds(
         if norms is not None:
             _check_norms(norms, graph, window, guarantee)
         at_input = _radius_of_input(eps, x.double())
-        count = sum(_norms(graph, window))
+        count = sum(_norms(graph, window)) + _unmasked_norms(graph, window)
         proof = Proof(radius, guarantee, failure_probability, seed, count, window=window)
         bounds = _proved(graph, proof, proof.run(graph, x, at_input), at_input, failure_probability)
         if agreement.is_due(model, x, proof=True):
@@ -497,8 +521,8 @@ def global_bounds(
 def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps: Tensor) -> LocalBounds:
     head, last = graph.head, []
     far = [fact.radius for fact in facts]
-    norms = [layer.norm for layer in done.layers]
-    lipschitz, own = _lipschitz(graph, norms, torch.ones_like(eps), _identity, done.chains, done.chain_norms)
+    taken = done.norms if done.window > 1 else [layer.norm for layer in done.layers]
+    lipschitz, own = _lipschitz(graph, taken, torch.ones_like(eps), _identity, done.chains)
     if not done.local:
         far = [eps * each for each in own]
     logits: Tensor | None = None
@@ -517,10 +541,11 @@ def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps
         guarantee="estimate",
         layers=done.layers,
         composed=done.composed,
+        unmasked=done.unmasked,
         last=last,
         sparsity_terms=torch.stack(done.sparsity_terms or none),
         graph=graph,
-        functional=_functional(graph, done, facts[0].columns, far[0]),
+        functionals=_functionals(graph, done, facts[0].columns, far[0]),
     )
 
 
@@ -529,8 +554,8 @@ def _proved(
 ) -> ProvedBounds:
     head, last = graph.head, []
     far = [fact.radius for fact in facts]
-    norms = [layer.norm for layer in done.layers]
-    lipschitz, own = _lipschitz(graph, norms, torch.ones_like(eps), up, done.chains, done.chain_norms)
+    taken = done.norms if done.window > 1 else [layer.norm for layer in done.layers]
+    lipschitz, own = _lipschitz(graph, taken, torch.ones_like(eps), up, done.chains)
     if not done.local:
         far = [up(eps * each) for each in own]
     logits, logit_error = proved_affine(head.terms, head, [(fact.values, fact.error) for fact in facts])
@@ -545,25 +570,34 @@ def _proved(
         guarantee=done.guarantee,
         layers=done.layers,
         composed=done.composed,
+        unmasked=done.unmasked,
         last=last,
         sparsity_terms=torch.stack(done.sparsity_terms or [logits.new_zeros(2)]),
         graph=graph,
-        functional=_functional(graph, done, facts[0].columns, far[0]),
+        functionals=_functionals(graph, done, facts[0].columns, far[0]),
         logit_error=logit_error,
         failure_probability=stated_failure_probability(done.guarantee, failure_probability, done.seed),
         seed=done.seed,
-        share=failure_probability / max(len(norms), 1),
+        share=failure_probability / max(len(done.layers), 1),
         lengths=proved_lengths(done.stages, last[0].weight_error),
     )
 
 
-def _functional(graph: Graph, done: Estimate | Proof, columns: Tensor | None, radius: Tensor) -> Functional | None:
-    """Through as many layers as are composed; None where norms are not."""
+def _functionals(graph: Graph, done: Estimate | Proof, columns: Tensor | None, radius: Tensor) -> list[Functional]:
+    """Through as many layers as are composed, with masks and without; none where norms are not composed."""
     if done.window == 1 or len(graph.head.terms) > 1:
-        return None
+        return []
     chain = last_chain(graph, done.window)
-
-    def now(layer: Layer) -> LinearMap:  # a result is a snapshot, of which this part has gradients
-        return folded_map(layer).with_weights(torch.clone)
-
-    return functional(chain, now, done.rows, done.inputs, done.closings, columns, radius)
+    copies: dict[Layer, LinearMap] = {}
+    for layer in chain.layers:  # a result is a snapshot, of which this part has gradients
+        copies[layer] = folded_map(layer).with_weights(torch.clone)
+    found = [functional(chain, copies.__getitem__, None, done.closings, radius)]
+    if not isinstance(done, Global):
+        masks = (done.rows, done.inputs, columns)
+        found.append(functional(chain, copies.__getitem__, masks, done.closings, radius))
+        found = found if done.linked else found[1:]
+    kept = [each for each in found if each is not None]
+    if isinstance(done, Estimate) and done.kept is not None:
+        for each in kept:
+            each.counts = done.kept.functional or not each.masked or len(kept) == 1
+    return kept

@@ -327,12 +327,12 @@ def test_the_state_is_all_there_is() -> None:
     state = {name: value.clone() for name, value in one.state_dict().items()}
     assert all(isinstance(value, Tensor) for value in state.values())
     other.load_state_dict(state)
-    assert (other.iterations, other.shared, other.launches()) == ([3, 1], [True, False], (0, 1))
+    assert (other.iterations, other.shared, other.launches()) == ([3, 1], [True, False], (0, 1, True))
     for _ in range(2):
         bounds = [ll.local_bounds(model, x, 0.1, norms=norms, y=y) for norms in (one, other)]
         assert torch.equal(bounds[0].layer_norms, bounds[1].layer_norms)
-    with pytest.raises(ValueError, match=r"state: got iterations of shape \(2, 3\), want \(2, 2\)"):
-        other.set_extra_state(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"state: got iterations of shape \(2, 4\), want \(2, 3\)"):
+        other.set_extra_state(torch.zeros(2, 4))
 
 
 def refused(**changes: Any) -> None:

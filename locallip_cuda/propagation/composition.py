@@ -82,6 +82,15 @@ def chains(graph: Graph, window: float) -> dict[Layer, list[Chain]]:
     return found
 
 
+def linked(graph: Graph, window: float) -> set[Layer]:
+    """The layers whose map is part of what is composed, with the head or without; empty where no rows go between maps,
+    so that no norm without masks can be below one with masks."""
+    own = {layer for found in chains(graph, window).values() for chain in found for layer in chain.layers}
+    if window > 1 and len(graph.head.terms) == 1:
+        own.update(last_chain(graph, window).layers[:-1])
+    return own if any(layer.activation.kind in ROWS_GO for layer in own) else set()
+
+
 def last_chain(graph: Graph, depth: float) -> Chain:
     """Of the graph's head, and of up to ``depth`` layers before it."""
     found = [Chain([graph.head], []), *_chains_to(graph, graph.head, depth + 1)]
@@ -119,38 +128,54 @@ def _before(graph: Graph, layer: Layer) -> tuple[Layer, list[LinearMap]] | None:
 
 
 @dataclass(eq=False)
+class Norms:
+    """Of what ends in a layer; each (B,), or (1,) where it is the same for all samples.
+
+    terms: of its own maps; None for 1.   chains: of the chains that end in it, the shortest one first, as far as they
+    are taken.   unmasked: of its one map and of those chains without any mask; empty where none are composed.
+    """
+
+    terms: Sequence[Tensor | None]
+    chains: Sequence[Tensor] = ()
+    unmasked: Sequence[Tensor | None] = ()
+
+
+@dataclass(eq=False)
 class Closing:
-    """What a layer's radius came from, (B,) each.   radius: of what its map is of.   reach: how far its surviving
-    pre-activations move."""
+    """What a layer's radius came from, (B,) each.
+
+    radius: of what its map is of.   reach: how far its surviving pre-activations move.   whole: how far all of them do.
+    """
 
     radius: Tensor
     reach: Tensor
+    whole: Tensor
 
 
 def composed_reach(
     norms: Sequence[Tensor | None],
     firsts: Sequence[Layer],
-    closings: Mapping[Layer, Closing],
-    radius: Tensor,
+    radii: Sequence[Tensor],
+    reaches: Sequence[Tensor],
     rounded: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """How far the surviving values behind a map move, by the ``norms`` (None: 1) of the chains of 1, 2, ... n maps that
-    end in it. Of any shapes that broadcast.
+    """How far the values behind a map move, by the ``norms`` (None: 1) of the chains of 1, 2, ... n maps that end in
+    it. Of any shapes that broadcast.
 
     Args:
         firsts: the first layer of every chain but the first, which stands in front of the chain before.
-        radius: of what the first chain is of.
+        radii: of what each chain is of.   reaches: how far the pre-activations of ``firsts`` move, those that the masks
+            of ``norms`` leave.
 
     At whatever length one stops, the rest is the product, and the least of all is taken: so this is never above the
     product of norms, which closes it in where the norms of chains are estimates; where norms are proved every one of
     these is a bound, and so is the least.
     """
-    radii = [radius, *(closings[first].radius for first in firsts)]
-    far = _times(norms[-1], radii[-1], rounded)
-    for norm, before, first in zip(norms[-2::-1], radii[-2::-1], firsts[::-1], strict=True):
-        centre, half = first.activation.centre_and_half()
-        spread = rounded(half * _times(norm, closings[first].reach, rounded))
-        far = torch.minimum(_times(norm, before, rounded), rounded(rounded(centre * far) + spread))
+    far = _times(norms[-1], radii[len(norms) - 1], rounded)
+    for k in range(len(norms) - 2, -1, -1):
+        centre, half = firsts[k].activation.centre_and_half()
+        spread = rounded(half * _times(norms[k], reaches[k], rounded))
+        far = torch.minimum(_times(norms[k], radii[k], rounded), rounded(rounded(centre * far) + spread))
     return far
 
 
@@ -158,30 +183,40 @@ def _times(norm: Tensor | None, radius: Tensor, rounded: Callable[[Tensor], Tens
     return radius if norm is None else rounded(radius * norm)
 
 
-def reach_of(
+def closing_of(
     layer: Layer,
     radii: Sequence[Tensor],
-    norms: Sequence[Tensor | None],
+    norms: Norms,
     own: Sequence[Chain],
-    chain_norms: Sequence[Tensor],
     closings: Mapping[Layer, Closing],
     rounded: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """(B,) how far the surviving pre-activations of a layer move. own: the chains that end in it."""
-    if not own:
-        return closed_reach(layer, radii, norms, rounded)
-    return composed_reach([norms[0], *chain_norms], [chain.first for chain in own], closings, radii[0], rounded)
+) -> Closing:
+    """Of a layer whose facts have ``radii``. own: the chains that end in it.
+
+    Masks between maps are not monotone: with fewer units between them the norm of a product can be larger. So the
+    recursion without masks is a bound of its own, and the smaller one counts.
+    """
+    firsts = [chain.first for chain in own]
+    before = [radii[0], *(closings[first].radius for first in firsts)]
+    if norms.chains:
+        reaches = [closings[first].reach for first in firsts]
+        reach = composed_reach([norms.terms[0], *norms.chains], firsts, before, reaches, rounded)
+    else:
+        reach = closed_reach(layer, radii, norms.terms, rounded)
+    if not norms.unmasked:
+        return Closing(radii[0], reach, reach)
+    whole = composed_reach(norms.unmasked, firsts, before, [closings[first].whole for first in firsts], rounded)
+    return Closing(radii[0], torch.minimum(reach, whole), whole)
 
 
 def radii(
     graph: Graph,
     radius: Tensor,
-    norms: Sequence[Tensor],
+    norms: Mapping[Layer, Norms],
     of: Mapping[Layer, Sequence[Chain]],
-    chain_norms: Mapping[Layer, Sequence[Tensor]],
     rounded: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """(B,) of every fact, from those at the input, the ``norms`` of the operators and those of the chains ``of``."""
+    """(B,) of every fact, from those at the input and the ``norms`` of layers and of the chains ``of`` them."""
     found = [radius]
     closings: dict[Layer, Closing] = {}
     for step in graph.steps:
@@ -190,9 +225,7 @@ def radii(
         elif isinstance(step, Joined):
             found.append(joined_radius([found[source] for source in step.sources], rounded))
         else:
-            own = [norms[term.index] if term.index >= 0 else None for term in step.terms]
             before = [found[term.source] for term in step.terms]
-            reach = reach_of(step, before, own, of[step], chain_norms[step], closings, rounded)
-            closings[step] = Closing(before[0], reach)
-            found.append(closed_radius(step, reach, rounded))
+            closings[step] = closing_of(step, before, norms[step], of[step], closings, rounded)
+            found.append(closed_radius(step, closings[step].reach, rounded))
     return found

@@ -52,6 +52,7 @@ class Estimate(Pass[Fact]):
     """Masked norms of ``iterations``, from the global singular vectors, or those of ``kept`` with the labels ``y``."""
 
     rounded = staticmethod(_unchanged)
+    least_unmasked = GLOBAL_ITERATIONS
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Estimate(Pass[Fact]):
     ) -> None:
         super().__init__(local=radius == "local", window=window)
         self.iterations, self.kept, self.y = iterations, kept, y
+        self.starts: dict[int, Tensor] = {}  # right singular vectors of the chains without masks
 
     def start(self, x: Tensor, eps: Tensor) -> Fact:
         layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
@@ -144,17 +146,39 @@ class Estimate(Pass[Fact]):
             values = torch.cat([clean, clean])
         return Fact(values, half_width, radius, columns, varying[:, 1])
 
-    def chain_norm(self, chain: Chain) -> Tensor:
+    def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
+        [term] = layer.terms
+        whole: list[Tensor | None] = [None]
+        if self.kept is not None and self.kept.shared[term.index]:
+            whole = [norms[0]]
+        elif not isinstance(term.linear, Identity):
+            whole = [self._unmasked(layer, term.index, term.linear)]
+        return [*whole, *(self._unmasked(layer, chain.index, chain.linear(folded_map, None)) for chain in own)]
+
+    def _unmasked(self, layer: Layer, index: int, linear: LinearMap) -> Tensor:
+        if self.kept is not None:
+            norm = self.kept.unmasked_norm(index, linear)
+        else:
+            iterations = max(self.iterations, self.least_unmasked)
+            norm, self.starts[index], _ = iterated_norm(linear, None, None, 1, None, iterations)
+        check_norm(layer.path, norm)
+        return norm
+
+    def chain_norm(self, chain: Chain) -> Tensor | None:
         rows, columns = self.rows[chain.last], self.inputs[chain.first]
         linear = chain.linear(folded_map, self.rows)
+        norm: Tensor | None
         if self.kept is not None and self.y is not None:
-            norm = self.kept.norm(chain.index, linear, rows, columns, self.y)
+            norm = self.kept.chain_norm(chain.index, linear, rows, columns, self.y)
         else:
-            with torch.no_grad():
-                whole = chain.linear(folded_map, None)
-                start = iterated_norm(whole, None, None, 1, None, START_ITERATIONS)[1]
+            if chain.index not in self.starts:
+                with torch.no_grad():
+                    whole = chain.linear(folded_map, None)
+                    self.starts[chain.index] = iterated_norm(whole, None, None, 1, None, START_ITERATIONS)[1]
+            start = self.starts[chain.index]
             norm = iterated_norm(linear, rows, columns, len(rows), start, self.iterations)[0]
-        check_norm(chain.last.path, norm)
+        if norm is not None:
+            check_norm(chain.last.path, norm)
         return norm
 
     def _ball(self, layer: Layer, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:
@@ -239,6 +263,8 @@ class Estimate(Pass[Fact]):
 class Global(Estimate):
     """The plain global bound: norms without masks, a ball, and no box."""
 
+    least_unmasked = 0
+
     def __init__(self, iterations: int, kept: TrainingNorms | None = None, *, window: float = 1) -> None:
         super().__init__("local", iterations, kept, window=window)
 
@@ -256,15 +282,12 @@ class Global(Estimate):
         self.record(layer, nothing, norms, rows, columns, None)
         return Fact(out, None, radius, None, None)
 
+    def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
+        return []  # they all are
+
     def chain_norm(self, chain: Chain) -> Tensor:
-        linear = chain.linear(folded_map, None)
-        batch = len(self.rows[chain.last])
-        if self.kept is not None:
-            norm = self.kept.shared_norm(chain.index, linear)
-        else:
-            norm = iterated_norm(linear, None, None, 1, None, self.iterations)[0]
-        check_norm(chain.last.path, norm)
-        return norm.expand(batch)
+        norm = self._unmasked(chain.last, chain.index, chain.linear(folded_map, None))
+        return norm.expand(len(self.rows[chain.last]))
 
     def _global_norm(self, path: str, term: Term, batch: int) -> Tensor | None:
         if isinstance(term.linear, Identity):

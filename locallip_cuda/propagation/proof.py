@@ -244,7 +244,8 @@ class Fact:
 
 
 class Proof(Pass[Fact]):
-    """norms: how many share the failure probability.   stages: of each layer with one term, as a part of chains."""
+    """norms: how many share the failure probability.   stages, unmasked_stages: of each layer with one term, as a part
+    of chains."""
 
     rounded = staticmethod(up)
 
@@ -262,6 +263,7 @@ class Proof(Pass[Fact]):
         self.guarantee, self.seed = guarantee, seed
         self.failure_probability = failure_probability / max(norms * (1 if self.local else 2), 1)
         self.stages: dict[Layer, Stage] = {}
+        self.unmasked_stages: dict[Layer, Stage] = {}
 
     def start(self, x: Tensor, eps: Tensor) -> Fact:
         if not bool(x.isfinite().all()):
@@ -326,12 +328,31 @@ class Proof(Pass[Fact]):
         return Fact(values, error, centre, half_width, radius, columns)
 
     def chain_norm(self, chain: Chain) -> Tensor:
-        linear = chain.linear(folded_map, self.rows)
         stages = [self.stages[layer] for layer in chain.layers]
-        rows, columns = self.rows[chain.last], self.inputs[chain.first]
+        return self._chain_norm(chain, self.rows, self.rows[chain.last], self.inputs[chain.first], stages)
+
+    def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
+        [term] = layer.terms
+        whole = None if isinstance(term.linear, Identity) else self._proved(layer.path, term, None, None, 1)
+        self.unmasked_stages[layer] = _stage(term, whole, 1)
+        all_rows = self.rows[layer].new_ones(1, *layer.sizes)
+        found = []
+        for chain in own:
+            stages = [self.unmasked_stages[each] for each in chain.layers]
+            found.append(self._chain_norm(chain, None, all_rows, None, stages))
+        return [whole, *found]
+
+    def _chain_norm(
+        self,
+        chain: Chain,
+        inner: Mapping[Layer, Tensor] | None,
+        rows: Tensor,
+        columns: Tensor | None,
+        stages: Sequence[Stage],
+    ) -> Tensor:
         more = (self.guarantee, self.failure_probability, TIGHTNESS, self.seed)
         try:
-            norm = proved_chain_norm(linear, rows, columns, stages, *more)
+            norm = proved_chain_norm(chain.linear(folded_map, inner), rows, columns, stages, *more)
         except ValueError as error:
             raise ValueError(f"{at(chain.last.path)}: {error}") from None
         return up(norm + _folding_of_chain(chain, stages))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..norms.linear import LinearMap
 from ..norms.masked_norm import values_are_at_hand
-from .composition import Chain, Closing, chains, reach_of
+from .composition import Chain, Closing, Norms, chains, closing_of, linked
 from .graph import Graph, Joined, Layer, View, closed_radius
 from .trace import at
 
@@ -25,16 +25,20 @@ class ChainBound:
 
     Attributes:
         path: of the last map's module.   linear: the maps, as they were, without gradients.
-        norm: (B,).
-        row_mask: bool (B, *output), pre-activations that can still change the layer's output.
+        norm: (B,), or (1,) of maps without masks; None where none was taken and those without masks stand for it
+            (:class:`locallip_cuda.TrainingNorms`).
+        row_mask: bool (B, *output), pre-activations that can still change the layer's output; None for all.
         input_mask: bool (B, *input), inputs of the first map that can vary; None for all.
+        index: its number among the norms of a network.   parts: those of its maps; -1 of one that has none.
     """
 
     path: str
     linear: LinearMap
-    norm: Tensor
-    row_mask: Tensor
+    norm: Tensor | None
+    row_mask: Tensor | None
     input_mask: Tensor | None
+    index: int
+    parts: tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -45,6 +49,8 @@ class LayerBound(ChainBound):
         column_mask: bool (B, *), outputs of the layer that can vary inside the ball.
     """
 
+    norm: Tensor
+    row_mask: Tensor
     column_mask: Tensor
 
 
@@ -61,18 +67,20 @@ class Pass(ABC, Generic[Fact]):
         self.local, self.window = local, window
         self.layers: list[LayerBound] = []
         self.composed: list[ChainBound] = []
+        self.unmasked: list[ChainBound] = []
         self.sparsity_terms: list[Tensor] = []
         self.chains: dict[Layer, list[Chain]] = {}
+        self.linked: set[Layer] = set()
         # of every layer that was closed
         self.rows: dict[Layer, Tensor] = {}
         self.inputs: dict[Layer, Tensor | None] = {}
         self.closings: dict[Layer, Closing] = {}
-        self.chain_norms: dict[Layer, list[Tensor]] = {}
+        self.norms: dict[Layer, Norms] = {}
         self.snapshots: dict[Layer, LinearMap] = {}
 
     def run(self, graph: Graph, x: Tensor, eps: Tensor) -> list[Fact]:
         """What is known of the facts of the graph's head."""
-        self.chains = chains(graph, self.window)
+        self.chains, self.linked = chains(graph, self.window), linked(graph, self.window)
         facts = [self.start(x, eps)]
         for step in graph.steps:
             if isinstance(step, View):
@@ -97,8 +105,13 @@ class Pass(ABC, Generic[Fact]):
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
         """Behind a layer whose terms take ``facts``."""
 
-    def chain_norm(self, chain: Chain) -> Tensor:
-        """(B,) of a chain whose layers' rows and inputs are known."""
+    def chain_norm(self, chain: Chain) -> Tensor | None:
+        """(B,) of a chain whose layers' rows and inputs are known; None where the one without masks does."""
+        raise NotImplementedError
+
+    def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
+        """(1,) of a layer's map (None: 1), whose masked norm is the first of ``norms``, and of the chains that end in
+        it, without masks; none where those with masks are the same."""
         raise NotImplementedError
 
     def radius(
@@ -111,11 +124,16 @@ class Pass(ABC, Generic[Fact]):
     ) -> Tensor:
         """(B,) behind a layer, of its facts' radii and column masks, its terms' norms (None: 1) and its row mask."""
         self.rows[layer], self.inputs[layer] = rows, inputs[0]
-        own = self.chains[layer]
-        self.chain_norms[layer] = [self.chain_norm(chain) for chain in own]
-        reach = reach_of(layer, radii, norms, own, self.chain_norms[layer], self.closings, self.rounded)
-        self.closings[layer] = Closing(radii[0], reach)
-        return closed_radius(layer, reach, self.rounded)
+        own, taken = self.chains[layer], []
+        unmasked = self.unmasked_norms(layer, norms, own) if layer in self.linked else []
+        for chain in own:
+            norm = self.chain_norm(chain)
+            if norm is None:
+                break
+            taken.append(norm)
+        self.norms[layer] = Norms(norms, taken, unmasked)
+        closing = self.closings[layer] = closing_of(layer, radii, self.norms[layer], own, self.closings, self.rounded)
+        return closed_radius(layer, closing.reach, self.rounded)
 
     def record(
         self,
@@ -132,12 +150,24 @@ class Pass(ABC, Generic[Fact]):
             linear = self.snapshots[layer] = term.linear.snapshot()
             if norm is not None:
                 taken += 1
-                self.layers.append(LayerBound(term.path, linear, norm, rows, mask, columns))
+                alone = (term.index, (term.index,))
+                self.layers.append(LayerBound(term.path, linear, norm, rows, mask, *alone, columns))
         if taken and slack is not None:
             self.sparsity_terms.append(slack.sum(0) / max(len(rows), 1))
-        for chain, norm in zip(self.chains[layer], self.chain_norms[layer], strict=True):
+        found = self.norms[layer]
+        if found.unmasked and found.unmasked[0] is not None:
+            linear, index = self.snapshots[layer], layer.terms[0].index
+            self.unmasked.append(ChainBound(layer.path, linear, found.unmasked[0], None, None, index, (index,)))
+        for i, chain in enumerate(self.chains[layer]):
+            parts = tuple(each.terms[0].index for each in chain.layers)
             linear = chain.linear(self.snapshots.__getitem__, self.rows)
-            self.composed.append(ChainBound(layer.path, linear, norm, rows, self.inputs[chain.first]))
+            own = found.chains[i] if i < len(found.chains) else None
+            first = self.inputs[chain.first]
+            self.composed.append(ChainBound(layer.path, linear, own, rows, first, chain.index, parts))
+            if found.unmasked:
+                linear = chain.linear(self.snapshots.__getitem__, None)
+                more = (None, None, chain.index, parts)
+                self.unmasked.append(ChainBound(layer.path, linear, found.unmasked[1 + i], *more))
 
 
 def viewed_mask(step: View, mask: Tensor | None, batch: int) -> Tensor | None:

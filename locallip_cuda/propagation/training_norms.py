@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ..norms.iteration import iterated_norm
 from ..norms.linear import Composed, Dense, Identity, LinearMap, Rearrangement, Scaling
 from ..norms.masked_norm import check_input
-from .composition import chains, check_window, folded_map
+from .composition import chains, check_window, folded_map, linked
 from .graph import lowered, output_classes, traced
 
 if TYPE_CHECKING:
     from ..bounds import LocalBounds
+    from .recursion import ChainBound
 
 # Of the batch's vectors in the kept ones, a step.
 RATE = 0.3
@@ -63,9 +64,8 @@ class TrainingNorms(nn.Module):
     A convolution starts from one right singular vector, the mean over the last batches, a dense layer from one for
     every class. In training mode every call moves them by the batch's; in eval mode they stay. Where its masks take
     away next to nothing of it (2 %), a layer has one norm for all samples, its global one, which is above the masked
-    ones; everywhere else norms are Ritz values, below the true ones but for rounding. A chain of maps never has: with
-    fewer units between two maps the norm of their product can be larger, and no global one is above it. The state
-    travels in ``state_dict()``.
+    ones; everywhere else norms are Ritz values, below the true ones but for rounding. A chain of such layers, whose
+    masks take as little away, is left to its norm without masks. The state travels in ``state_dict()``.
 
     Args:
         model: the network, on its device; its operators' sizes are taken from it, and first vectors.
@@ -73,9 +73,10 @@ class TrainingNorms(nn.Module):
         window: that of the bounds: chains of maps have a start and iterations of their own.
 
     Attributes:
-        iterations: of every layer but the last, then of every chain of maps that is composed; those of a shared norm
-            are 15.
-        shared: whether the layer has one norm for all samples; of chains False.
+        iterations: of every layer but the last, then of every chain of maps that is composed; those of a shared norm,
+            and of one without masks, are 15.
+        shared: whether the layer has one norm for all samples, or the chain none but that without masks.
+        functional: whether the last layers' functional is taken with masks too.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, *, window: float = 1) -> None:
@@ -84,17 +85,23 @@ class TrainingNorms(nn.Module):
         check_window(window)
         self.iterations: list[int] = []
         self.shared: list[bool] = []
+        self.functional = True
         with torch.no_grad():
             trace = traced(model, x[:1])
             classes = output_classes(trace)
             graph = lowered(trace, x.dtype)
             of_layers = [chain for each in chains(graph, window).values() for chain in each]
-            composed = [chain.linear(folded_map, None) for chain in of_layers]
-            for linear in (*(term.linear for term in graph.operators), *composed):
+            maps = [term.linear for term in graph.operators]
+            maps += [chain.linear(folded_map, None) for chain in of_layers]
+            among = linked(graph, window)
+            whole = {term.index for layer in among for term in layer.terms} | {chain.index for chain in of_layers}
+            for index, linear in enumerate(maps):
                 dense = _begins_dense(linear)
                 vectors = iterated_norm(linear, None, None, 1, None, FIRST_ITERATIONS)[1]
                 copies = vectors.repeat(classes if dense else 1, *[1] * (vectors.dim() - 1))
-                self.register_buffer(f"right{len(self.iterations)}", _laid_out(copies))
+                self.register_buffer(f"right{index}", _laid_out(copies))
+                if index in whole:
+                    self.register_buffer(f"unmasked{index}", _laid_out(vectors.clone()))
                 self.iterations.append(LEAST_DENSE if dense else LEAST)
                 self.shared.append(False)
 
@@ -103,31 +110,48 @@ class TrainingNorms(nn.Module):
         return ", ".join("shared" if shared else str(count) for count, shared in counts)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.iterations, [int(shared) for shared in self.shared]])
+        return torch.tensor([[*self.iterations, 0], [*map(int, self.shared), int(self.functional)]])
 
     def set_extra_state(self, state: Tensor) -> None:
-        if state.shape != (2, len(self.iterations)):
-            raise ValueError(f"state: got iterations of shape {tuple(state.shape)}, want (2, {len(self.iterations)})")
-        iterations, shared = state.tolist()
-        self.iterations, self.shared = iterations, [bool(flag) for flag in shared]
+        wanted = (2, len(self.iterations) + 1)
+        if state.shape != wanted:
+            raise ValueError(f"state: got iterations of shape {tuple(state.shape)}, want {wanted}")
+        [*iterations, _], [*shared, functional] = state.tolist()
+        self.iterations, self.shared, self.functional = iterations, [bool(flag) for flag in shared], bool(functional)
 
     def launches(self) -> Hashable:
         """What decides which kernels a step launches: a CUDA graph holds as long as this is the same."""
-        return tuple(0 if shared else count for count, shared in zip(self.iterations, self.shared, strict=True))
+        counts = zip(self.iterations, self.shared, strict=True)
+        return *(0 if shared else count for count, shared in counts), self.functional
 
     def norm(self, layer: int, linear: LinearMap, rows: Tensor, columns: Tensor | None, y: Tensor) -> Tensor:
-        """(B,) norms of the operator, or chain, of this number for one batch, differentiable in the weights."""
+        """(B,) norms of the operator of this number for one batch, differentiable in the weights."""
         if self.shared[layer]:
             return self.shared_norm(layer, linear).expand(len(rows))
-        start = self._start(layer, linear.input_sizes, y)
-        norm, right, _ = iterated_norm(linear, rows, columns, len(rows), start, self.iterations[layer])
+        return self._masked_norm(layer, linear, rows, columns, y)
+
+    def chain_norm(
+        self, index: int, linear: LinearMap, rows: Tensor, columns: Tensor | None, y: Tensor
+    ) -> Tensor | None:
+        """The same of a chain; None where it is left to its norm without masks."""
+        return None if self.shared[index] else self._masked_norm(index, linear, rows, columns, y)
+
+    def _masked_norm(self, index: int, linear: LinearMap, rows: Tensor, columns: Tensor | None, y: Tensor) -> Tensor:
+        start = self._start(index, linear.input_sizes, y)
+        norm, right, _ = iterated_norm(linear, rows, columns, len(rows), start, self.iterations[index])
         if self.training:
-            self._move(layer, start, right, y)
+            self._move(index, start, right, y)
         return norm
 
     def shared_norm(self, layer: int, linear: LinearMap) -> Tensor:
-        """(1,) the operator's global norm."""
-        kept = self._kept(layer, linear.input_sizes)
+        """(1,) the operator's global norm, which stands for the masked ones."""
+        return self._global_norm(self._kept(layer, linear.input_sizes), linear)
+
+    def unmasked_norm(self, index: int, linear: LinearMap) -> Tensor:
+        """(1,) the global norm of an operator, or chain, beside the masked ones."""
+        return self._global_norm(self._kept(index, linear.input_sizes, "unmasked"), linear)
+
+    def _global_norm(self, kept: Tensor, linear: LinearMap) -> Tensor:
         norm, right, _ = iterated_norm(linear, None, None, 1, kept[:1], SHARED_ITERATIONS)
         if self.training:
             some = (norm > 0).view(
@@ -136,8 +160,8 @@ class TrainingNorms(nn.Module):
             kept.copy_(torch.where(some, right, kept))
         return norm
 
-    def _kept(self, layer: int, sizes: Sequence[int]) -> Tensor:
-        kept = self.get_buffer(f"right{layer}")
+    def _kept(self, layer: int, sizes: Sequence[int], name: str = "right") -> Tensor:
+        kept = self.get_buffer(f"{name}{layer}")
         if list(kept.shape[1:]) != list(sizes):
             raise ValueError(
                 f"norms: got vectors of shape {tuple(kept.shape[1:])} for layer {layer}, want {tuple(sizes)}: "
@@ -167,7 +191,8 @@ class TrainingNorms(nn.Module):
 
     @torch.no_grad()
     def control(self, bounds: LocalBounds, y: Tensor) -> None:
-        """Choose the iterations of every layer anew, from how close they come on the first samples of ``bounds``.
+        """Choose the iterations of every layer anew, from how close they come on the first samples of ``bounds``, and
+        what is taken with masks at all.
 
         The cheapest are taken that hold 0.985 of the converged product (on average; 0.95 for the worst sample) and 0.99
         of every layer's norm, but never far fewer than before. It reads values back, and so waits for a GPU.
@@ -183,31 +208,50 @@ class TrainingNorms(nn.Module):
         costs: dict[int, float] = {}
         chosen = torch.arange(count, device=y.device)
         single = len(bounds.layers)
-        for layer, bound in enumerate((*bounds.layers, *bounds.composed)):
-            linear, rows, columns = bound.linear.of_samples(chosen), bound.row_mask[:count], bound.input_mask
+        unmasked = {record.index: record for record in bounds.unmasked}
+        for record in (*bounds.layers, *bounds.composed):
+            index = record.index
+            assert record.row_mask is not None
+            linear, rows, columns = record.linear.of_samples(chosen), record.row_mask[:count], record.input_mask
             if isinstance(linear, (Identity, Scaling, Rearrangement)):  # exact, however many iterations
                 continue
             columns, sizes = None if columns is None else columns[:count], linear.input_sizes
-            kept, start = self._kept(layer, sizes), self._start(layer, sizes, y[:count])
+            start = self._start(index, sizes, y[:count])
             converged = iterated_norm(linear, rows, columns, count, start, CONVERGED_ITERATIONS)[0]
-            if layer < single:
-                whole = iterated_norm(linear, None, None, 1, kept[:1], CONVERGED_ITERATIONS)[0]
-                share = float(converged.mean() / whole)
-                self.shared[layer] = share >= (LESS_SHARE if self.shared[layer] else SHARE)
-                if self.shared[layer]:
-                    continue
+            self.shared[index] = self._gives_way(record, converged, unmasked.get(index))
+            if self.shared[index]:
+                continue
             least = LEAST_DENSE if _begins_dense(linear) else LEAST
-            fewer = [c for c in CHOICES if c < self.iterations[layer]][-DOWN_AT_ONCE:]
-            choices[layer] = [c for c in CHOICES if c >= max([least, *fewer[:1]])]
-            ratios[layer] = []
-            for iterations in choices[layer]:
+            fewer = [c for c in CHOICES if c < self.iterations[index]][-DOWN_AT_ONCE:]
+            choices[index] = [c for c in CHOICES if c >= max([least, *fewer[:1]])]
+            ratios[index] = []
+            for iterations in choices[index]:
                 norm = iterated_norm(linear, rows, columns, count, start, iterations)[0]
-                ratios[layer].append(torch.where(converged > 0, norm / converged, 1).double())
-                if ratios[layer][-1].mean() > 0.999:
+                ratios[index].append(torch.where(converged > 0, norm / converged, 1).double())
+                if ratios[index][-1].mean() > 0.999:
                     break
-            costs[layer] = _cost(linear)
-        for layer, choice in _cheapest(ratios, choices, costs, single).items():
-            self.iterations[layer] = choice
+            costs[index] = _cost(linear)
+        for index, choice in _cheapest(ratios, choices, costs, single).items():
+            self.iterations[index] = choice
+        gains = [bounds.gains(y, masked=masked).sum() for masked in (True, False)] if bounds.functionals else []
+        if gains:
+            self.functional = not gains[0] >= (SHARE if self.functional else LESS_SHARE) * gains[1]
+
+    def _gives_way(self, record: ChainBound, converged: Tensor, whole: ChainBound | None) -> bool:
+        """Whether the masked norms of a layer, or of a chain of such layers, are next to what they are without masks.
+
+        converged: (samples,) of the masked ones.   whole: the chain without masks; None of a layer.
+        """
+        index = record.index
+        if len(record.parts) == 1:
+            linear, name = record.linear, "right"
+        elif whole is not None and all(part < 0 or self.shared[part] for part in record.parts):
+            linear, name = whole.linear, "unmasked"
+        else:
+            return False
+        start = self._kept(index, linear.input_sizes, name)[:1]
+        norm = iterated_norm(linear, None, None, 1, start, CONVERGED_ITERATIONS)[0]
+        return float(converged.mean() / norm) >= (LESS_SHARE if self.shared[index] else SHARE)
 
 
 def _begins_dense(linear: LinearMap) -> bool:
