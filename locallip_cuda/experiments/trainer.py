@@ -285,10 +285,8 @@ class Trainer:
         """The look at the test set that is due after this epoch, if any. Stopped in it, a run resumes with it."""
         if (self.epoch + 1) % self.recipe.evaluate_every and self.epoch + 1 < self.recipe.epochs:
             return None
-        precision = self.settings.precision
-        found = evaluate(
-            self.model, self.test_set, self.recipe, precision, self.workers, stop=lambda: self._stopped(signals)
-        )
+        self._choose_bound(self.epoch + (self.steps - 1) / self.steps)  # as the last step, which may be of another run
+        found = evaluate(self.objective, self.test_set, self.workers, stop=lambda: self._stopped(signals))
         if found is None:
             self._interrupt(signals)
         return found
@@ -317,10 +315,13 @@ class Trainer:
 
     def _train_step(self, update: TrainingStep, x: Tensor, y: Tensor) -> None:
         now, recipe = self.epoch + self.step / self.steps, self.recipe
-        self.objective.bound = "global" if now < recipe.global_epochs else "local"
+        self._choose_bound(now)
         if recipe.kappa(now) < 1 and (self.epoch * self.steps + self.step) % CONTROL_EVERY == 0:
             self._control_norms(x, y, recipe.radius_at(now))
         self.totals += update(x, y, recipe.radius_at(now), recipe.kappa(now), recipe.learning_rate_at(now))
+
+    def _choose_bound(self, now: float) -> None:
+        self.objective.bound = "global" if now < self.recipe.global_epochs else "local"
 
     def _control_norms(self, x: Tensor, y: Tensor, eps: float) -> None:
         """Choose the norms' iterations anew, by a look at the first samples of the first process."""

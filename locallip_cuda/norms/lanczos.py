@@ -24,7 +24,8 @@ float64 weights that span more than 900 binary orders underflow, by less than UN
 most 4u.
 
 Because a level below these residuals would prove nothing, there are as many starts as let each miss with a probability
-of 1e-5 or more. Two, at the default failure probability, need a fifth more applications than one would.
+of 2e-6 or more: two at the default failure probability, also where 200 norms share it. They need a fifth more
+applications than one would.
 
 Entropy. "Whatever A is" includes an A made by someone who knows how the vectors are drawn, and can make v orthogonal to
 n - 1 of them. Every start has a stream of its own, numpy's Philox with 128 bits of key from the operating system: it is
@@ -47,7 +48,7 @@ from .. import ops
 from ..rounding import TINY, UNIT, convolution, exponent_of, gamma, power_of_two, rescaled, up
 from .linear import LinearMap, is_of_even_size, widest
 
-LEAST_MISS = 1e-5
+LEAST_MISS = 2e-6
 KEY_BITS = 128
 # What a key leaves against 2^32 prepared vectors. Several starts have several keys, but no more is promised.
 LEAST_FAILURE_PROBABILITY = 2.0 ** (32 - KEY_BITS)

@@ -37,8 +37,10 @@ from .trace import Trace, at
 # relative and absolute error that is allowed to a smooth activation of torch in float64, in units of UNIT
 SMOOTH_ERROR = 16
 
-# relative width of the probabilistic norms, which multiply up over the layers
+# relative width of the probabilistic norms, which multiply up over the layers; a chain of n maps counts about 2^-n, and
+# its norm may be so much wider
 TIGHTNESS = 1.5e-3
+WIDEST = 0.02
 
 # elements (sample, class, feature) of the margin at a time
 CHUNK = 2**22
@@ -350,7 +352,8 @@ class Proof(Pass[Fact]):
         columns: Tensor | None,
         stages: Sequence[Stage],
     ) -> Tensor:
-        more = (self.guarantee, self.failure_probability, TIGHTNESS, self.seed)
+        tightness = min(TIGHTNESS * 2 ** (len(stages) - 1), WIDEST)
+        more = (self.guarantee, self.failure_probability, tightness, self.seed)
         try:
             norm = proved_chain_norm(chain.linear(folded_map, inner), rows, columns, stages, *more)
         except ValueError as error:
