@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,30 @@ from torch import Tensor, nn
 def converged_norms(
     layer: nn.Conv2d | nn.Linear, rows: Tensor | None, columns: Tensor | None, shape: Sequence[int], steps: int = 60
 ) -> Tensor:
-    """Norms of diag(rows) W diag(columns), float64, by Golub-Kahan-Lanczos with full reorthogonalisation. (B,).
-
-    Independent of the code under test. shape: (B, *input). The value is a Ritz value, so never above the true norm.
-    """
+    """Norms of diag(rows) W diag(columns), float64, (B,). shape: (B, *input)."""
     weight = layer.weight.detach().double()
 
     def forward(value: Tensor) -> Tensor:
         if isinstance(layer, nn.Linear):
             return F.linear(value, weight)
         return F.conv2d(value, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    return converged_norms_of(forward, rows, columns, shape, weight.device, steps)
+
+
+def converged_norms_of(
+    forward: Callable[[Tensor], Tensor],
+    rows: Tensor | None,
+    columns: Tensor | None,
+    shape: Sequence[int],
+    device: torch.device,
+    steps: int = 60,
+) -> Tensor:
+    """Norms of diag(rows) A diag(columns), float64, by Golub-Kahan-Lanczos with full reorthogonalisation. (B,).
+
+    Independent of the code under test. forward: A, in float64. shape: (B, *input). The value is a Ritz value, so never
+    above the true norm.
+    """
 
     def masked(value: Tensor, mask: Tensor | None) -> Tensor:
         return value if mask is None else value * mask
@@ -40,9 +54,9 @@ def converged_norms(
         return flat.view_as(value)
 
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(*shape, dtype=torch.float64, generator=generator).to(weight.device)
+    start = torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
     start = masked(start, columns)
-    rights = [unit(start, torch.zeros(shape[0], dtype=torch.float64, device=weight.device))]
+    rights = [unit(start, torch.zeros(shape[0], dtype=torch.float64, device=device))]
     images: list[Tensor] = []
     for _ in range(steps):
         # The adjoint by autograd: the operator is linear, so its vector-Jacobian product is the same at every point.

@@ -25,6 +25,7 @@ import torch
 import locallip_cuda
 from bench import (
     bench_activation_pattern,
+    bench_chain_norm,
     bench_closeness,
     bench_margin,
     bench_masked_norm,
@@ -34,7 +35,14 @@ from bench import (
 from bench.case import Case, Setting, Variant, is_compiled
 from bench.clock import TIMER, Clock, captured, synchronize
 
-OPS = (bench_activation_pattern, bench_closeness, bench_margin, bench_masked_norm, bench_training_step)
+OPS = (
+    bench_activation_pattern,
+    bench_chain_norm,
+    bench_closeness,
+    bench_margin,
+    bench_masked_norm,
+    bench_training_step,
+)
 
 
 def every_case(setting: Setting) -> Iterator[Case]:
