@@ -234,6 +234,12 @@ def regressions(cases: Cases, device: str) -> list[str]:
         for key, least in limits["speed"].items()
         if key in measured and statistics.median(measured[key]) < least
     ]
+    for key, least in limits["closeness"].items():
+        title, _, label = key.rpartition(": ")
+        own = cases[title].variants.get(label) if title in cases else None
+        value = math.nan if own is None else own.facts.get("closeness_mean", math.nan)
+        if value < least:
+            found.append(f"{key}: closeness_mean {value:.4f}, want {least}")
     for key, mine, baseline in pairs(cases):
         most = limits["memory"].get(key)
         if most is not None and mine.peak_bytes and baseline.peak_bytes:
