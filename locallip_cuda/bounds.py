@@ -592,7 +592,7 @@ def _functionals(graph: Graph, done: Estimate | Proof, columns: Tensor | None, r
     for layer in chain.layers:  # a result is a snapshot, of which this part has gradients
         copies[layer] = folded_map(layer).with_weights(torch.clone)
     found = [functional(chain, copies.__getitem__, None, done.closings, radius)]
-    if not isinstance(done, Global):
+    if isinstance(done, Proof) or done.masked:
         masks = (done.rows, done.inputs, columns)
         found.append(functional(chain, copies.__getitem__, masks, done.closings, radius))
         found = found if done.linked else found[1:]

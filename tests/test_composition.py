@@ -461,6 +461,8 @@ def test_what_masks_leave_as_it_is_is_not_taken_with_them() -> None:
         bias.fill_(50.0)
     b = step()
     assert norms.shared == [True] * 5 and not norms.functional
+    starts = norms.get_buffer("right3")  # of a chain: follow the one without masks, for the time when they come back
+    torch.testing.assert_close(starts, norms.get_buffer("unmasked3").expand_as(starts))
     assert all(record.norm is None for record in b.composed) and b.composed_closeness.shape == (12, 5)
     whole = ll.global_bounds(model, x, 0.1, window=2, iterations=CONVERGED)
     torch.testing.assert_close(b.radius, whole.radius, rtol=1e-3, atol=0)

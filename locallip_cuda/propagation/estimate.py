@@ -52,7 +52,7 @@ class Estimate(Pass[Fact]):
     """Masked norms of ``iterations``, from the global singular vectors, or those of ``kept`` with the labels ``y``."""
 
     rounded = staticmethod(_unchanged)
-    least_unmasked = GLOBAL_ITERATIONS
+    masked, least_unmasked = True, GLOBAL_ITERATIONS
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Estimate(Pass[Fact]):
 
     def _unmasked(self, layer: Layer, index: int, linear: LinearMap) -> Tensor:
         if self.kept is not None:
-            norm = self.kept.unmasked_norm(index, linear)
+            norm = self.kept.unmasked_norm(index, linear, alone=self.kept.shared[index] or not self.masked)
         else:
             iterations = max(self.iterations, self.least_unmasked)
             norm, self.starts[index], _ = iterated_norm(linear, None, None, 1, None, iterations)
@@ -263,7 +263,7 @@ class Estimate(Pass[Fact]):
 class Global(Estimate):
     """The plain global bound: norms without masks, a ball, and no box."""
 
-    least_unmasked = 0
+    masked, least_unmasked = False, 0
 
     def __init__(self, iterations: int, kept: TrainingNorms | None = None, *, window: float = 1) -> None:
         super().__init__("local", iterations, kept, window=window)

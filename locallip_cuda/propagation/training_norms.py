@@ -147,16 +147,20 @@ class TrainingNorms(nn.Module):
         """(1,) the operator's global norm, which stands for the masked ones."""
         return self._global_norm(self._kept(layer, linear.input_sizes), linear)
 
-    def unmasked_norm(self, index: int, linear: LinearMap) -> Tensor:
-        """(1,) the global norm of an operator, or chain, beside the masked ones."""
-        return self._global_norm(self._kept(index, linear.input_sizes, "unmasked"), linear)
+    def unmasked_norm(self, index: int, linear: LinearMap, *, alone: bool) -> Tensor:
+        """(1,) the global norm of an operator, or chain, beside the masked ones; ``alone`` where none are taken, whose
+        start follows then."""
+        kept = self._kept(index, linear.input_sizes, "unmasked")
+        norm = self._global_norm(kept, linear)
+        if alone and self.training:
+            self._kept(index, linear.input_sizes).copy_(kept)
+        return norm
 
     def _global_norm(self, kept: Tensor, linear: LinearMap) -> Tensor:
         norm, right, _ = iterated_norm(linear, None, None, 1, kept[:1], SHARED_ITERATIONS)
         if self.training:
-            some = (norm > 0).view(
-                -1, *[1] * len(linear.input_sizes)
-            )  # neither of a zero weight nor of one that is no number
+            # neither of a zero weight nor of one that is no number
+            some = (norm > 0).view(-1, *[1] * len(linear.input_sizes))
             kept.copy_(torch.where(some, right, kept))
         return norm
 
