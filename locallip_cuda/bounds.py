@@ -24,7 +24,17 @@ from .norms.masked_norm import (
 )
 from .norms.operator import described
 from .propagation import agreement
-from .propagation.composition import Chain, Norms, chains, check_window, folded_map, last_chain, linked, radii
+from .propagation.composition import (
+    Chain,
+    Norms,
+    chains,
+    check_window,
+    folded_map,
+    last_chain,
+    linked,
+    radii,
+    unmasked_indices,
+)
 from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
 from .propagation.estimate import Fact as EstimatedFact
 from .propagation.functional import Functional, Lengths, functional, lengths
@@ -190,8 +200,8 @@ class LocalBounds:
             worst = worst + self._gain(t, y, [each for each in self.functionals if each.counts])
         return worst
 
-    def gains(self, y: Tensor, *, masked: bool) -> Tensor:
-        """(B, K) what each logit can gain on logit y, with or without the functional that has masks."""
+    def _gains(self, y: Tensor, *, masked: bool) -> Tensor:
+        """(B, K) what each logit can gain on logit y, with or without the functional that has masks; an estimate."""
         own = [each for each in self.functionals if masked or not each.masked]
         return torch.stack([self._gain(t, y, own) for t in self.last]).sum(0)
 
@@ -322,7 +332,8 @@ def _lipschitz(
             for layer in graph.layers
         }
     taken = [norm for layer in graph.layers for norm in norms[layer].terms if norm is not None]
-    if graph.is_chain and taken and rounded is _identity and not any((of or {}).values()):
+    composed = any(norms[layer].chains or norms[layer].unmasked for layer in graph.layers)
+    if graph.is_chain and taken and rounded is _identity and not composed:
         own = [torch.stack([norm.expand_as(one) for norm in taken], 1).prod(1)]
     else:
         found = radii(graph, one, norms, of or {layer: () for layer in graph.layers}, rounded)
@@ -355,8 +366,7 @@ def _norms(graph: Graph, window: float) -> tuple[int, int]:
 
 def _unmasked_norms(graph: Graph, window: float) -> int:
     """How many norms without masks a pass takes beside them."""
-    own, among = chains(graph, window), linked(graph, window)
-    return sum(len(own[layer]) + sum(term.index >= 0 for term in layer.terms) for layer in among)
+    return len(unmasked_indices(graph, window)) if linked(graph, window) else 0
 
 
 def _check_norms(norms: TrainingNorms, graph: Graph, window: float, guarantee: str = "estimate") -> None:
@@ -368,6 +378,8 @@ def _check_norms(norms: TrainingNorms, graph: Graph, window: float, guarantee: s
     if len(norms.iterations) != single + composed:
         more = f" and {composed} chains within a window of {window}" if composed else ""
         raise ValueError(f"norms: got those of {len(norms.iterations)} operators, want model's {single}{more}")
+    if norms.unmasked != unmasked_indices(graph, window):
+        raise ValueError(f"norms: got those of another window, want {window}: give TrainingNorms the same")
 
 
 def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from bench import composition as measured
 from locallip_cuda.nn import ClippedReLU, MaxMin
 from locallip_cuda.norms.linear import Dense, LinearMap, Masking, composed, is_of_even_size
 from locallip_cuda.norms.linear_bound import Stage, absolute_norm, proved_chain_norm, proved_norm
-from locallip_cuda.propagation import composition, functional, recursion
+from locallip_cuda.propagation import composition, functional, recursion, rules
 from locallip_cuda.propagation.graph import lowered, traced
 
 CONVERGED = 60
@@ -331,6 +331,15 @@ def test_rows_that_are_alike_gain_nothing_and_have_gradients() -> None:
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
+def test_control_of_a_single_output() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    x, y = torch.rand(5, 3, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    norms = ll.TrainingNorms(model, x, window=2)
+    b = ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=2)
+    norms.control(b, y)
+    assert norms.functional
+
+
 def test_two_classes_and_an_empty_batch() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     x = torch.rand(3, 3, dtype=torch.float64)
@@ -391,6 +400,11 @@ def test_training_norms_know_their_window() -> None:
         ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=2)
     with pytest.raises(ValueError, match="norms: got those of 6 operators, want model's 3$"):
         ll.local_bounds(model, x, 0.1, norms=norms, y=y)
+    one = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()  # no chains, but a functional
+    z = torch.rand(9, 4, dtype=torch.float64)
+    for own, window in ((1, 2), (2, 1)):
+        with pytest.raises(ValueError, match=f"norms: got those of another window, want {window}: give"):
+            ll.local_bounds(one, z, 0.1, norms=ll.TrainingNorms(one, z, window=own), y=y, window=window)
     for _ in range(12):
         b = ll.local_bounds(model, x, 0.1, norms=norms, y=y, window=3)
         norms.control(b, y)
@@ -442,6 +456,47 @@ def test_masks_never_take_what_the_global_form_has(guarantee: str, monkeypatch: 
         masked = local()
     assert (masked.radius > 1.1 * whole.radius).sum() > 16
     assert (masked.worst_logits(y) > whole.worst_logits(y) + 1e-2).any(1).sum() > 16
+
+
+class OwnReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+
+class WithRows(rules.Activation):
+    def rows(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return upper > 0
+
+
+def test_rows_of_an_own_activation_are_masked_between_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_rule = WithRows(torch.relu, exact=True, slopes=(0.0, 1.0))
+    monkeypatch.setitem(rules.RULES, OwnReLU, lambda at, module: own_rule)
+    model, x, _ = both_signs()
+    own = nn.Sequential(*(OwnReLU() if isinstance(module, nn.ReLU) else module for module in model))
+    for guarantee in ("estimate", "deterministic"):
+        bounds = [ll.local_bounds(m, x, 0.1, window=2, guarantee=guarantee, iterations=60) for m in (model, own)]
+        torch.testing.assert_close(bounds[1].radius, bounds[0].radius)
+        assert (bounds[1].radius >= 0.1 - 1e-9).all() and len(bounds[1].functionals) == 2
+
+
+def test_a_short_chain_is_taken_for_the_longer_ones_behind_it() -> None:
+    """Masks that take from the first layers alone: later chains give way, where no longer one needs them."""
+    torch.manual_seed(3)
+    model = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(12, 12), nn.ReLU())), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        for k, value in ((0, -1.0), (2, 50.0), (4, 200.0), (6, 900.0)):
+            model[k].bias.fill_(value)  # type: ignore[union-attr, operator]
+        model[0].bias[6:] = 20.0  # type: ignore[index, union-attr]
+    x, y = torch.rand(9, 12, dtype=torch.float64) / 9, torch.arange(9) % 3
+    norms = ll.TrainingNorms(model, x, window=math.inf)
+    for _ in range(4):
+        b = ll.local_bounds(model, x, 0.01, norms=norms, y=y, window=math.inf)
+        norms.control(b, y)
+    b = ll.local_bounds(model, x, 0.01, norms=norms, y=y, window=math.inf)
+    assert all((record.norm is None) == norms.shared[record.index] for record in b.composed)
+    assert any(norms.shared[1:4]) and not all(norms.shared[4:])
+    converged = ll.local_bounds(model, x, 0.01, window=math.inf, iterations=60)
+    torch.testing.assert_close(b.radius, converged.radius, rtol=0.03, atol=0)
 
 
 def test_what_masks_leave_as_it_is_is_not_taken_with_them() -> None:

@@ -78,3 +78,16 @@ def test_batches_of_none() -> None:
         for guarantee in ("probabilistic", "deterministic"):
             assert proved_norm(linear, empty, empty, 0, guarantee, 1e-9).shape == (0,)
         assert converged_norm(linear, empty, empty, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("guarantee", ["probabilistic", "deterministic"])
+def test_of_maps_that_have_no_input_or_output_left(guarantee: str) -> None:
+    """A sum that does not fold, whose sizes alone say nothing of it: next to 0, also where no sample of a batch has any."""
+    g = generator(0)
+    linear = Sum([Dense(randn(g, 5, 5)), Composed([Dense(randn(g, 2, 5)), Dense(randn(g, 5, 2))])])
+    some, none = torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)
+    for rows, columns in ((some, none), (none, some), (none, none)):
+        assert (proved_norm(linear, rows, columns, 2, guarantee, 1e-9) <= 1e-30).all()
+    mixed = torch.stack([some[0], none[0]])
+    found = proved_norm(linear, some, mixed, 2, guarantee, 1e-9)
+    assert found[0] > 0 and found[1] <= 1e-30

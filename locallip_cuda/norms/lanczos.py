@@ -243,8 +243,11 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor]:
     check_entropy(failure_probability)
     randbits = secrets.randbits if seed is None else random.Random(seed).getrandbits
-    upper, estimate = operator.norm.clone(), torch.zeros_like(operator.norm)
-    alive = (operator.norm > 0).nonzero()[:, 0]
+    some = operator.norm > 0
+    for mask in (row_mask, col_mask):  # what has no row, or no column, has norm 0, whatever is known of it
+        some = some if mask is None else some & mask.flatten(1).any(1)
+    upper, estimate = torch.where(some, operator.norm, 0), torch.zeros_like(operator.norm)
+    alive = some.nonzero()[:, 0]
     starts = max(math.ceil(math.log(failure_probability) / math.log(LEAST_MISS)), 1)
     chunk = max(CHUNK[operator.device.type] // (starts * operator.units), 1)
     for part in torch.split(alive, chunk) if len(alive) else ():

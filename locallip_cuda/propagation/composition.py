@@ -23,9 +23,6 @@ from torch import Tensor
 from ..norms.linear import LinearMap, Masking, composed
 from .graph import Graph, Joined, Layer, View, closed_radius, closed_reach, joined_radius
 
-# Activations, as the ops know them, whose row masks are worth a pass over a vector; of others nothing goes.
-ROWS_GO = ("relu", "clipped_relu")
-
 
 @dataclass(eq=False)
 class Chain:
@@ -52,7 +49,7 @@ class Chain:
         where ``rows`` is None."""
         linear = of(self.first)
         for before, layer, moves in zip(self.layers, self.layers[1:], self.moves, strict=False):
-            if rows is not None and before.activation.kind in ROWS_GO:
+            if rows is not None and before.activation.drops_rows:
                 linear = composed(linear, Masking(rows[before], linear.like))
             for each in (*moves, of(layer)):
                 linear = composed(linear, each)
@@ -88,7 +85,13 @@ def linked(graph: Graph, window: float) -> set[Layer]:
     own = {layer for found in chains(graph, window).values() for chain in found for layer in chain.layers}
     if window > 1 and len(graph.head.terms) == 1:
         own.update(last_chain(graph, window).layers[:-1])
-    return own if any(layer.activation.kind in ROWS_GO for layer in own) else set()
+    return own if any(layer.activation.drops_rows for layer in own) else set()
+
+
+def unmasked_indices(graph: Graph, window: float) -> set[int]:
+    """The numbers of the norms that are taken without masks where there are masks, or in the global form."""
+    own = {chain.index for found in chains(graph, window).values() for chain in found}
+    return own | {term.index for layer in linked(graph, window) for term in layer.terms if term.index >= 0}
 
 
 def last_chain(graph: Graph, depth: float) -> Chain:

@@ -149,10 +149,9 @@ class Estimate(Pass[Fact]):
     def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
         [term] = layer.terms
         whole: list[Tensor | None] = [None]
-        if self.kept is not None and self.kept.shared[term.index]:
-            whole = [norms[0]]
-        elif not isinstance(term.linear, Identity):
-            whole = [self._unmasked(layer, term.index, term.linear)]
+        if not isinstance(term.linear, Identity):
+            shared = self.kept is not None and self.kept.shared[term.index]
+            whole = [norms[0] if shared else self._unmasked(layer, term.index, term.linear)]
         return [*whole, *(self._unmasked(layer, chain.index, chain.linear(folded_map, None)) for chain in own)]
 
     def _unmasked(self, layer: Layer, index: int, linear: LinearMap) -> Tensor:

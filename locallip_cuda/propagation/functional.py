@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..norms.linear import LinearMap, widest
-from .composition import ROWS_GO, Chain, Closing, composed_reach
+from .composition import Chain, Closing, composed_reach
 from .graph import Layer
 from .trace import without_autocast
 
@@ -70,7 +70,7 @@ class Functional:
             for move in reversed(step.moves):
                 g = move.adjoint(g)
             g = g.view(*count, *g.shape[1:])
-            if step.layer.activation.kind in ROWS_GO:
+            if step.layer.activation.drops_rows:
                 g = _masked(g, step.rows, samples)
             g = step.linear.adjoint(g.flatten(0, 1))
             g = _masked(g.view(*count, *g.shape[1:]), step.inputs, samples)

@@ -110,8 +110,8 @@ class Pass(ABC, Generic[Fact]):
         raise NotImplementedError
 
     def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
-        """(1,) of a layer's map (None: 1), whose masked norm is the first of ``norms``, and of the chains that end in
-        it, without masks; none where those with masks are the same."""
+        """(1,), or (B,) all alike, without masks: of a layer's map (None: 1), whose masked norm is the first of
+        ``norms``, and of the chains that end in it. None at all where those of the pass have no masks."""
         raise NotImplementedError
 
     def radius(

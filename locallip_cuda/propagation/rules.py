@@ -137,6 +137,11 @@ class Activation:
         """
         return None
 
+    @property
+    def drops_rows(self) -> bool:
+        """Whether inputs, of a function of every number by itself, can cease to change the outputs."""
+        return self.kind in ("relu", "clipped_relu") or type(self).rows is not Activation.rows
+
 
 @dataclass
 class Lipschitz(Activation):

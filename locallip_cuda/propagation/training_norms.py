@@ -8,7 +8,7 @@ were: of each layer, the right singular vectors that the last batches found, ave
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..norms.iteration import iterated_norm
 from ..norms.linear import Composed, Dense, Identity, LinearMap, Rearrangement, Scaling
 from ..norms.masked_norm import check_input
-from .composition import chains, check_window, folded_map, linked
+from .composition import chains, check_window, folded_map, unmasked_indices
 from .graph import lowered, output_classes, traced
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class TrainingNorms(nn.Module):
             and of one without masks, are 15.
         shared: whether the layer has one norm for all samples, or the chain none but that without masks.
         functional: whether the last layers' functional is taken with masks too.
+        unmasked: numbers of the layers and chains that have a norm without masks beside the one with them.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, *, window: float = 1) -> None:
@@ -86,6 +87,7 @@ class TrainingNorms(nn.Module):
         self.iterations: list[int] = []
         self.shared: list[bool] = []
         self.functional = True
+        self.unmasked: set[int] = set()
         with torch.no_grad():
             trace = traced(model, x[:1])
             classes = output_classes(trace)
@@ -93,14 +95,13 @@ class TrainingNorms(nn.Module):
             of_layers = [chain for each in chains(graph, window).values() for chain in each]
             maps = [term.linear for term in graph.operators]
             maps += [chain.linear(folded_map, None) for chain in of_layers]
-            among = linked(graph, window)
-            whole = {term.index for layer in among for term in layer.terms} | {chain.index for chain in of_layers}
+            self.unmasked = unmasked_indices(graph, window)
             for index, linear in enumerate(maps):
                 dense = _begins_dense(linear)
                 vectors = iterated_norm(linear, None, None, 1, None, FIRST_ITERATIONS)[1]
                 copies = vectors.repeat(classes if dense else 1, *[1] * (vectors.dim() - 1))
                 self.register_buffer(f"right{index}", _laid_out(copies))
-                if index in whole:
+                if index in self.unmasked:
                     self.register_buffer(f"unmasked{index}", _laid_out(vectors.clone()))
                 self.iterations.append(LEAST_DENSE if dense else LEAST)
                 self.shared.append(False)
@@ -212,34 +213,54 @@ class TrainingNorms(nn.Module):
         costs: dict[int, float] = {}
         chosen = torch.arange(count, device=y.device)
         single = len(bounds.layers)
+        records = (*bounds.layers, *bounds.composed)
         unmasked = {record.index: record for record in bounds.unmasked}
-        for record in (*bounds.layers, *bounds.composed):
+        found: dict[int, tuple[Callable[[int], Tensor], Tensor]] = {}
+        for record in records:
+            if isinstance(record.linear, (Identity, Scaling, Rearrangement)):  # exact, however many iterations
+                continue
+            norm = self._on(record, chosen, y[:count])
+            converged = norm(CONVERGED_ITERATIONS)
+            found[record.index] = norm, converged
+            self.shared[record.index] = self._gives_way(record, converged, unmasked.get(record.index))
+        self._keep_what_longer_ones_need(bounds.composed)
+        for record in records:
             index = record.index
-            assert record.row_mask is not None
-            linear, rows, columns = record.linear.of_samples(chosen), record.row_mask[:count], record.input_mask
-            if isinstance(linear, (Identity, Scaling, Rearrangement)):  # exact, however many iterations
+            if index not in found or self.shared[index]:
                 continue
-            columns, sizes = None if columns is None else columns[:count], linear.input_sizes
-            start = self._start(index, sizes, y[:count])
-            converged = iterated_norm(linear, rows, columns, count, start, CONVERGED_ITERATIONS)[0]
-            self.shared[index] = self._gives_way(record, converged, unmasked.get(index))
-            if self.shared[index]:
-                continue
-            least = LEAST_DENSE if _begins_dense(linear) else LEAST
+            norm, converged = found[index]
+            least = LEAST_DENSE if _begins_dense(record.linear) else LEAST
             fewer = [c for c in CHOICES if c < self.iterations[index]][-DOWN_AT_ONCE:]
             choices[index] = [c for c in CHOICES if c >= max([least, *fewer[:1]])]
             ratios[index] = []
             for iterations in choices[index]:
-                norm = iterated_norm(linear, rows, columns, count, start, iterations)[0]
-                ratios[index].append(torch.where(converged > 0, norm / converged, 1).double())
+                ratios[index].append(torch.where(converged > 0, norm(iterations) / converged, 1).double())
                 if ratios[index][-1].mean() > 0.999:
                     break
-            costs[index] = _cost(linear)
+            costs[index] = _cost(record.linear)
         for index, choice in _cheapest(ratios, choices, costs, single).items():
             self.iterations[index] = choice
-        gains = [bounds.gains(y, masked=masked).sum() for masked in (True, False)] if bounds.functionals else []
-        if gains:
+        if len(bounds.functionals) > 1 and bounds.logits.shape[1] > 1:
+            gains = [bounds._gains(y, masked=masked).sum() for masked in (True, False)]
             self.functional = not gains[0] >= (SHARE if self.functional else LESS_SHARE) * gains[1]
+
+    def _on(self, record: ChainBound, chosen: Tensor, y: Tensor) -> Callable[[int], Tensor]:
+        """The masked norms of the first samples, by iterations."""
+        count, columns = len(chosen), record.input_mask
+        assert record.row_mask is not None
+        linear, rows = record.linear.of_samples(chosen), record.row_mask[:count]
+        columns = None if columns is None else columns[:count]
+        start = self._start(record.index, linear.input_sizes, y)
+        return lambda iterations: iterated_norm(linear, rows, columns, count, start, iterations)[0]
+
+    def _keep_what_longer_ones_need(self, composed: Sequence[ChainBound]) -> None:
+        """The recursion with masks goes as far as its norms: a chain gives way only if all longer ones to its end do.
+
+        composed: those of a layer one after another, the shortest one first.
+        """
+        for record, longer in zip(composed[-2::-1], composed[:0:-1], strict=True):
+            if longer.parts[1:] == record.parts and not self.shared[longer.index]:
+                self.shared[record.index] = False
 
     def _gives_way(self, record: ChainBound, converged: Tensor, whole: ChainBound | None) -> bool:
         """Whether the masked norms of a layer, or of a chain of such layers, are next to what they are without masks.
