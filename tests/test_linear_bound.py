@@ -82,7 +82,7 @@ def test_batches_of_none() -> None:
 
 @pytest.mark.parametrize("guarantee", ["probabilistic", "deterministic"])
 def test_of_maps_that_have_no_input_or_output_left(guarantee: str) -> None:
-    """A sum that does not fold, whose sizes alone say nothing of it: next to 0, also where no sample of a batch has any."""
+    """A sum that does not fold, whose sizes say nothing of it: next to 0, also where no sample of a batch has any."""
     g = generator(0)
     linear = Sum([Dense(randn(g, 5, 5)), Composed([Dense(randn(g, 2, 5)), Dense(randn(g, 5, 2))])])
     some, none = torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)
