@@ -15,13 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import locallip_cuda
 from bench.bench_masked_norm import ABOVE, LEAST_CLOSENESS, layer_of
 from bench.case import Case, Random, Setting, Variant, no_grad
-from bench.converged import closeness, converged_norms_of
+from bench.converged import closeness, converged_norms_of, linear_part
 from locallip_cuda import ops
 from locallip_cuda.ops import reference
 
@@ -47,21 +46,13 @@ def fitted(setting: Setting, names: tuple[str, ...]) -> tuple[list[nn.Linear | n
     found = [layer_of(setting, name) for name in names]
     layers, shape = [layer for layer, _ in found], found[0][1]
     if setting.tiny:
-        channels = shape[0]
         for i, layer in enumerate(layers):
             size = value_sizes(layers[:i], shape)[-1]
             if isinstance(layer, nn.Linear):
                 layers[i] = nn.Linear(torch.Size(size).numel(), layer.out_features).to(setting.device)
             else:
-                channels = size[0]
-                layers[i] = nn.Conv2d(channels, 4, layer.kernel_size, layer.stride, layer.padding).to(setting.device)
+                layers[i] = nn.Conv2d(size[0], 4, layer.kernel_size, layer.stride, layer.padding).to(setting.device)
     return layers, shape
-
-
-def apply(layer: nn.Linear | nn.Conv2d, value: Tensor, weight: Tensor) -> Tensor:
-    if isinstance(layer, nn.Linear):
-        return F.linear(value.flatten(1), weight)
-    return F.conv2d(value, weight, None, layer.stride, layer.padding)
 
 
 def value_sizes(layers: list[nn.Linear | nn.Conv2d], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -70,7 +61,7 @@ def value_sizes(layers: list[nn.Linear | nn.Conv2d], shape: tuple[int, ...]) -> 
     for layer in layers:
         value = value.flatten(1) if isinstance(layer, nn.Linear) else value
         sizes.append(tuple(value.shape[1:]))
-        value = apply(layer, value, layer.weight.detach().cpu())
+        value = linear_part(layer, value, layer.weight.detach().cpu())
     return [*sizes, tuple(value.shape[1:])]
 
 
@@ -91,7 +82,7 @@ def build(setting: Setting, name: str) -> dict[str, Variant]:
 
     def chained(value: Tensor) -> Tensor:
         for layer, mask in zip(layers, masks[1:], strict=True):
-            value = apply(layer, value, layer.weight.detach().double())
+            value = linear_part(layer, value, layer.weight.detach().double())
             value = value if mask is masks[-1] else value.reshape(len(value), *mask.shape[1:]) * mask[:few]
         return value
 
@@ -141,7 +132,7 @@ def build(setting: Setting, name: str) -> dict[str, Variant]:
 
 
 def _out(layer: nn.Linear | nn.Conv2d, columns: Tensor) -> tuple[int, ...]:
-    return tuple(apply(layer, columns[:1].float().cpu(), layer.weight.detach().cpu()).shape[1:])
+    return tuple(linear_part(layer, columns[:1].float().cpu(), layer.weight.detach().cpu()).shape[1:])
 
 
 def test_chain_norm(turn: Callable[[], None]) -> None:

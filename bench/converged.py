@@ -14,13 +14,14 @@ def converged_norms(
 ) -> Tensor:
     """Norms of diag(rows) W diag(columns), float64, (B,). shape: (B, *input)."""
     weight = layer.weight.detach().double()
+    return converged_norms_of(lambda x: linear_part(layer, x, weight), rows, columns, shape, weight.device, steps)
 
-    def forward(value: Tensor) -> Tensor:
-        if isinstance(layer, nn.Linear):
-            return F.linear(value, weight)
-        return F.conv2d(value, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
-    return converged_norms_of(forward, rows, columns, shape, weight.device, steps)
+def linear_part(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
+    """What the layer makes of ``x`` with this weight and no bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def converged_norms_of(

@@ -17,32 +17,19 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
 import locallip_cuda
-from bench import (
-    bench_activation_pattern,
-    bench_chain_norm,
-    bench_closeness,
-    bench_margin,
-    bench_masked_norm,
-    bench_training_step,
-    networks,
-)
+from bench import networks
 from bench.case import Case, Setting, Variant, is_compiled
 from bench.clock import TIMER, Clock, captured, synchronize
 
-OPS = (
-    bench_activation_pattern,
-    bench_chain_norm,
-    bench_closeness,
-    bench_margin,
-    bench_masked_norm,
-    bench_training_step,
-)
+NAMES = ("activation_pattern", "chain_norm", "closeness", "margin", "masked_norm", "training_step")
+OPS = [import_module(f"bench.bench_{name}") for name in NAMES]
 
 
 def every_case(setting: Setting) -> Iterator[Case]:

@@ -22,7 +22,7 @@ from locallip_cuda import local_bounds, losses
 from locallip_cuda.experiments import checkpoint, data, models
 from locallip_cuda.experiments.checkpoint import CheckpointError
 from locallip_cuda.experiments.distributed import Workers
-from locallip_cuda.experiments.monitor import closeness
+from locallip_cuda.experiments.monitor import Evaluation, closeness
 from locallip_cuda.experiments.network import build_model, load_model
 from locallip_cuda.experiments.objective import STATISTICS, Objective
 from locallip_cuda.experiments.recipes import PRESETS, Recipe, recipe
@@ -189,6 +189,21 @@ def test_a_run_starts_with_the_global_bound(tmp_path: Path, monkeypatch: pytest.
     _run(tmp_path, numbers)
     assert seen == ["global"] * 7 + ["local"] * 3
     assert numbers.replace(epochs=4).global_epochs == 2.8
+
+
+def test_a_look_is_by_the_bound_of_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a run that was stopped in the look, and takes no step before it."""
+    trainer = Trainer(SHORT.replace(epochs=1, evaluate_every=1, global_epochs=1, window=2), Settings(out=tmp_path))
+    trainer.step = trainer.steps
+    bounds = []
+
+    def look(objective: Objective, *_: Any, **__: Any) -> Evaluation:
+        bounds.append(objective.bound)
+        return Evaluation(0.5, 0.5, 1.0)
+
+    monkeypatch.setattr("locallip_cuda.experiments.trainer.evaluate", look)
+    trainer.run()
+    assert bounds == ["global"]
 
 
 def test_bfloat16_bounds_are_near_float32_ones() -> None:

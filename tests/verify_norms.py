@@ -63,7 +63,9 @@ class MaskedOperators:
         """(B,) or (1,)"""
         weight, *masks = (None if t is None else t.to(device) for t in (self.weight, self.row_mask, self.col_mask))
         size = None if self.col_mask is not None else self.input_size
-        return ll.masked_norm_bound(weight, *masks, input_size=size, guarantee=guarantee, **self.conv).upper
+        found = ll.masked_norm_bound(weight, *masks, input_size=size, guarantee=guarantee, **self.conv)
+        assert found.guarantee == guarantee
+        return found.upper
 
     def norms(self) -> list[Norm]:
         """Of every sample, by the oracle."""
