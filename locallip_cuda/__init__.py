@@ -9,6 +9,7 @@ from . import losses, nn, testing
 from .bounds import LocalBounds, ProvedBounds, global_bounds, local_bounds
 from .build_info import build_info
 from .certify import Certificate, certified_radius, certify
+from .checked import Checked, checked
 from .norms.masked_norm import NormBound, masked_norm, masked_norm_bound
 from .propagation import rules
 from .propagation.graph import UnsupportedModuleError
@@ -17,6 +18,7 @@ from .propagation.training_norms import TrainingNorms
 
 __all__ = [
     "Certificate",
+    "Checked",
     "LocalBounds",
     "NormBound",
     "ProvedBounds",
@@ -25,6 +27,7 @@ __all__ = [
     "build_info",
     "certified_radius",
     "certify",
+    "checked",
     "global_bounds",
     "local_bounds",
     "losses",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from .propagation.composition import (
 )
 from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
 from .propagation.estimate import Fact as EstimatedFact
+from .propagation.execution import Computed, arithmetic_of, pairs_apart
 from .propagation.functional import Functional, Lengths, functional, lengths
 from .propagation.graph import Graph, Layer, joined_radius, lowered, output_classes, traced
 from .propagation.proof import Fact as ProvedFact
@@ -55,6 +57,8 @@ class LastTerm:
         features, lower, upper: (B, h) clean values, and a box that holds them over the ball.   radius: (B,).
         weight: (K, h).
         error, weight_error: (B, h), (K, h): what features and weight of a proof may be off by; None for nothing.
+        computed: what is known of the features that run, beside the real ones; None for nothing.
+        columns: bool (B, h), which features can vary; None for all, and of an estimate.
     """
 
     features: Tensor
@@ -64,6 +68,8 @@ class LastTerm:
     weight: Tensor
     error: Tensor | None = None
     weight_error: Tensor | None = None
+    computed: Computed | None = None
+    columns: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -243,18 +249,26 @@ class ProvedBounds(LocalBounds):
 
     They hold for the network in real arithmetic with its weights as they are stored: boxes, radii, norms and margins
     are rounded outward. :meth:`margin` is a lower bound of the real margin, and ``worst_logits(y)`` minus the clean
-    logit y an upper bound of how much each logit can exceed logit y.
+    logit y an upper bound of how much each logit can exceed logit y. Under ``execution`` "float64" or "float32" they
+    hold for the logits that ``model(x')`` computes in that type as well.
 
     Attributes:
+        execution: "real", or the type of what runs.
         logit_error: (B, K) how far the real clean values may be from ``logits``.
+        execution_error: (B, K) how far the logits that ``model(x')`` computes may be from the real ones, for any x' of
+            the type in the ball; infinite where a number may overflow. None for real arithmetic.
         failure_probability: that the statement on one sample is wrong: 0 under the deterministic guarantee; 1 with a
             seed.
         seed: of the random vectors, if one was given; it voids the probabilistic guarantee.
         share: of the failure probability, for each norm of global_lipschitz.
         lengths: of the functional's vectors, from above.
+        last_rounding: (B, K) what the last layer alone adds to ``execution_error``.
     """
 
+    execution: str
     logit_error: Tensor
+    execution_error: Tensor | None
+    last_rounding: Tensor | None
     failure_probability: float
     seed: int | None
     share: float
@@ -303,7 +317,21 @@ class ProvedBounds(LocalBounds):
                 gain = found if len(self.last) == 1 else up(gain + found)
         label = y.unsqueeze(1)
         excess = up(up(self.logits - self.logits.gather(1, label)) + gain)
-        return up(excess + up(self.logit_error + self.logit_error.gather(1, label)))
+        excess = up(excess + up(self.logit_error + self.logit_error.gather(1, label)))
+        if self.last_rounding is None:
+            return excess
+        excess = up(excess + self._apart(y))
+        return torch.where(excess.isnan(), math.inf, excess)
+
+    def _apart(self, y: Tensor) -> Tensor:
+        """(B, K) at least how far logit j minus logit y, as computed, is from the real one, anywhere in the ball."""
+        assert self.last_rounding is not None
+        apart = up(self.last_rounding + self.last_rounding.gather(1, y.unsqueeze(1)))
+        for t in self.last:
+            assert t.computed is not None
+            own = (t.columns, y, t.computed.apart.flatten(1), t.computed.distance)
+            apart = up(apart + pairs_apart(t.weight, t.weight_error, *own))
+        return apart
 
 
 def _identity(t: Tensor) -> Tensor:
@@ -407,6 +435,26 @@ def _radius_of_input(eps: float | Tensor, x: Tensor) -> Tensor:
     return x.new_full((x.shape[0],), radius)
 
 
+def _of_bytes(x: Tensor, model: nn.Module) -> tuple[Tensor, float]:
+    """``x`` / 255 of bytes, in the dtype of the model's weights, and how far in l2 the exact quotients may be."""
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
+        return x, 0.0
+    of = next((t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.float32)
+    # a rounding each of numbers up to 1
+    off = math.sqrt(math.prod(x.shape[1:])) * torch.finfo(of).eps / 2
+    return x.to(of) / 255, off * (1 + 1e-9)
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    """A copy of the network that runs in float64."""
+    try:
+        return copy.deepcopy(model).double()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"model: got one in float32 that cannot be copied ({error}), want model.double() for execution='float64'"
+        ) from error
+
+
 def local_bounds(
     model: nn.Module,
     x: Tensor,
@@ -420,6 +468,7 @@ def local_bounds(
     norms: TrainingNorms | None = None,
     y: Tensor | None = None,
     window: float = 1,
+    execution: str = "real",
 ) -> LocalBounds:
     """Bounds of ``model`` over the l2 ball of radius ``eps`` around each sample of ``x``, differentiable in both, once,
     unless they are to be proved.
@@ -432,7 +481,8 @@ def local_bounds(
         model: any module that returns (B, K) by functions that have bounds; docs/networks.md lists them. It is run on
             a tensor without numbers to see which: what has bounds is what ``model(x)`` computes, with an overridden
             ``forward``, hooks, parametrised weights, a module used twice.
-        x: (B, *input), float32 or float64 as the model's weights. B = 0 gives empty bounds.
+        x: (B, *input), float32 or float64 as the model's weights; or uint8, an image whose ball is around x / 255 (the
+            model is given that in its weights' dtype, and eps grows by what is rounded). B = 0 gives empty bounds.
         eps: radius of the ball, a number or (B,), >= 0.
         radius: "local" takes each layer's masked norm into the radius at once; "global" is the paper's: the radius
             grows by global norms on the way, and the masked norms enter only in the final product. "local" is never
@@ -452,6 +502,9 @@ def local_bounds(
             accounted for and without gradients; the norms are those of :func:`locallip_cuda.masked_norm_bound`.
         failure_probability: of the probabilistic guarantee, over all layers of one sample; at least 2^-96 a layer.
         seed: repeats the random vectors of the probabilistic guarantee, and voids it against whoever knew the seed.
+        execution: of which network a proof speaks: "real", in real arithmetic; "float64" or "float32", what
+            ``model(x')`` returns in that type, too, for every x' of the type in the ball (docs/guarantees.md has what
+            is assumed). "float64" of a network in float32 is of ``model.double()``, and costs next to nothing.
 
     Raises:
         UnsupportedModuleError (a TypeError): a module without a bound, or without a proof, by its path in the model.
@@ -465,7 +518,14 @@ def local_bounds(
     check_window(window)
     if window > 1 and radius == "global":
         raise ValueError(f"window: got {window} with radius='global', want 1: the paper's bound composes nothing")
+    x, off = _of_bytes(x, model)
     check_input(x)
+    arithmetic = arithmetic_of(execution, x.dtype)
+    if arithmetic is not None:
+        if guarantee == "estimate":
+            raise ValueError(f"execution: got {execution!r} with guarantee='estimate', want a proof, or 'real'")
+        if arithmetic.dtype != x.dtype:
+            model, x = _in_float64(model), x.double()
     trace = traced(model, x)
     classes = output_classes(trace)
     if guarantee == "estimate":
@@ -473,7 +533,7 @@ def local_bounds(
         if norms is not None:
             _check_norms(norms, graph, window, guarantee)
             _check_labels(y, len(x), classes)
-        at_input = _radius_of_input(eps, x)
+        at_input = _radius_of_input(eps, x) + off
         estimate = Estimate(radius, iterations, norms, y, window=window)
         estimated = _estimated(graph, estimate, estimate.run(graph, x, at_input), at_input)
         if agreement.is_due(model, x, proof=False):
@@ -485,8 +545,9 @@ def local_bounds(
         if norms is not None:
             _check_norms(norms, graph, window, guarantee)
         at_input = _radius_of_input(eps, x.double())
+        at_input = up(at_input + off) if off else at_input
         count = sum(_norms(graph, window)) + _unmasked_norms(graph, window)
-        proof = Proof(radius, guarantee, failure_probability, seed, count, window=window)
+        proof = Proof(radius, guarantee, failure_probability, seed, count, window=window, arithmetic=arithmetic)
         bounds = _proved(graph, proof, proof.run(graph, x, at_input), at_input, failure_probability)
         if agreement.is_due(model, x, proof=True):
             agreement.check(model, trace, x, bounds.logits)
@@ -574,7 +635,9 @@ def _proved(
     for term, fact, radius in zip(head.terms, facts, far, strict=True):
         weight, weight_error = last_weight(term)
         features, lower, upper = (t.flatten(1) for t in (fact.values, *fact.end_points()))
-        last.append(LastTerm(features, lower, upper, radius, weight, fact.error.flatten(1), weight_error))
+        more = (fact.error.flatten(1), weight_error, fact.computed, fact.columns)
+        last.append(LastTerm(features, lower, upper, radius, weight, *more))
+    last_rounding, execution_error = done.head_apart(head, facts)
     return ProvedBounds(
         logits=logits,
         lipschitz=lipschitz,
@@ -587,7 +650,10 @@ def _proved(
         sparsity_terms=torch.stack(done.sparsity_terms or [logits.new_zeros(2)]),
         graph=graph,
         functionals=_functionals(graph, done, facts[0].columns, far[0]),
+        execution=done.execution,
         logit_error=logit_error,
+        execution_error=execution_error,
+        last_rounding=last_rounding,
         failure_probability=stated_failure_probability(done.guarantee, failure_probability, done.seed),
         seed=done.seed,
         share=failure_probability / max(len(done.layers), 1),

@@ -22,7 +22,8 @@ class Certificate(NamedTuple):
     the ball of the predicted logit minus the best other. lipschitz: (B,) bound of the map to the last layer's input.
     guarantee: what they are worth; "estimate" proves nothing. failure_probability: chance that the statement is wrong
     for a sample: 0 for a deterministic proof, 1 for an estimate. seed: the one given for repetition; it voids the
-    probabilistic guarantee, and makes the failure probability 1.
+    probabilistic guarantee, and makes the failure probability 1. execution: "real", or the type in which ``model(x')``
+    has the prediction too, for every x' of the type in the ball.
     """
 
     prediction: Tensor
@@ -32,6 +33,7 @@ class Certificate(NamedTuple):
     guarantee: str
     failure_probability: float
     seed: int | None = None
+    execution: str = "real"
 
 
 @torch.no_grad()
@@ -44,6 +46,7 @@ def certify(
     failure_probability: float = 1e-9,
     seed: int | None = None,
     window: float = 1,
+    execution: str = "real",
 ) -> Certificate:
     """Certify the predictions of ``model`` on ``x`` (B, *input) against l2 perturbations up to ``eps``.
 
@@ -51,8 +54,9 @@ def certify(
     are stored: no input within ``eps`` of the sample has another class. It is wrong with at most
     ``failure_probability`` for a sample under guarantee "probabilistic", whose random vectors are fresh at every call
     (a ``seed`` repeats them, and voids it), and never under "deterministic"; "estimate" proves nothing. Memory grows
-    with B, so certify many samples in batches. A ``window`` above 1 composes norms and certifies more. Arguments,
-    errors and dtypes as :func:`locallip_cuda.local_bounds`.
+    with B, so certify many samples in batches. A ``window`` above 1 composes norms and certifies more. With
+    ``execution`` "float64" or "float32" it speaks of the network as it runs in that type, too. Arguments, errors and
+    dtypes as :func:`locallip_cuda.local_bounds`.
 
     A model has two outputs or more. To certify the sign of a single output w . h + b, give it the Linear with weight
     [-w, w] and bias [-b, b] as its last layer: class 1 is the positive sign, and the margin is twice |w . h + b|'s.
@@ -66,11 +70,12 @@ def certify(
         failure_probability=failure_probability,
         seed=seed,
         window=window,
+        execution=execution,
     )
     margin = b.margin()
     prediction = b.logits.argmax(1)
     stated = stated_failure_probability(guarantee, failure_probability, seed)
-    return Certificate(prediction, margin > 0, margin, b.lipschitz, guarantee, stated, seed)
+    return Certificate(prediction, margin > 0, margin, b.lipschitz, guarantee, stated, seed, execution)
 
 
 def certified_radius(
@@ -82,13 +87,14 @@ def certified_radius(
     guarantee: str = "probabilistic",
     failure_probability: float = 1e-9,
     window: float = 1,
+    execution: str = "real",
 ) -> Tensor:
     """(B,) the largest radius up to ``max_eps`` found by bisection at which :func:`certify` certifies each sample.
 
     Every radius returned was itself certified, under ``guarantee``; 0 where none was. Certificates need not be monotone
     in eps (the masks depend on it), so a larger one may exist. ``tolerance`` is absolute; ``failure_probability`` is
-    shared by all certificates tried. float64 for a proof, because a rounded radius was not certified. ``window`` as for
-    :func:`certify`.
+    shared by all certificates tried. float64 for a proof, because a rounded radius was not certified. ``window`` and
+    ``execution`` as for :func:`certify`.
     """
     for name, value in (("max_eps", max_eps), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
@@ -99,10 +105,19 @@ def certified_radius(
 
     def certified(samples: Tensor, eps: float | Tensor) -> Tensor:
         share = failure_probability / (halvings + 1)
-        return certify(model, samples, eps, guarantee=guarantee, failure_probability=share, window=window).certified
+        found = certify(
+            model,
+            samples,
+            eps,
+            guarantee=guarantee,
+            failure_probability=share,
+            window=window,
+            execution=execution,
+        )
+        return found.certified
 
     everywhere = certified(x, float(max_eps))
-    dtype = x.dtype if guarantee == "estimate" else torch.float64
+    dtype = x.dtype if guarantee == "estimate" and x.is_floating_point() else torch.float64
     high = torch.full((len(x),), float(max_eps), dtype=dtype, device=x.device)
     low = torch.where(everywhere, high, 0)
     for _ in range(halvings):

@@ -18,7 +18,7 @@ FLOORS = (
     ("norms",),
     ("propagation",),
     ("bounds",),
-    ("losses", "certify", "attack", "testing"),
+    ("losses", "certify", "checked", "attack", "testing"),
     ("experiments",),
 )
 FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}

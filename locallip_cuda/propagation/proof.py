@@ -28,6 +28,7 @@ from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap, Re
 from ..norms.linear_bound import CHAIN_UNDERFLOW, Stage, absolute_norm, product_off_by, proved_chain_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up
 from .composition import Chain, folded_map
+from .execution import Arithmetic, Computed, Input, Running, joined_computed, rows_of_sizes, viewed_computed, widened
 from .functional import Functional, Lengths
 from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, joined_radius
 from .recursion import Pass, joined_mask, viewed_mask
@@ -142,6 +143,14 @@ def row_norms(term: Term, columns: Tensor) -> Tensor:
     return found
 
 
+def computed_input(term: Term, fact: Fact, columns: Tensor, of_rows: Tensor) -> Input:
+    """Of a fact with what runs beside it; of_rows: :func:`row_norms` for ``columns``."""
+    assert fact.computed is not None
+    sizes = of_rows if term.linear is term.parts else rows_of_sizes(term, columns)
+    reach = up(_column(fact.radius, sizes) * sizes)
+    return Input(up(fact.values.abs() + fact.error), fact.computed, reach, of_rows)
+
+
 def check_provable(model: nn.Module, trace: Trace, graph: Graph) -> None:
     """UnsupportedModuleError for what the estimate supports and no proof does.
 
@@ -232,6 +241,7 @@ class Fact:
     half_width: Tensor | None
     radius: Tensor
     columns: Tensor | None
+    computed: Computed | None = None
 
     def box(self) -> tuple[Tensor, Tensor]:
         """Centre and half-width."""
@@ -247,7 +257,7 @@ class Fact:
 
 class Proof(Pass[Fact]):
     """norms: how many share the failure probability.   stages, unmasked_stages: of each layer with one term, as a part
-    of chains."""
+    of chains.   arithmetic: of the network as it runs; None for real numbers alone."""
 
     rounded = staticmethod(up)
 
@@ -260,9 +270,11 @@ class Proof(Pass[Fact]):
         norms: int,
         *,
         window: float = 1,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         super().__init__(local=radius == "local", window=window)
-        self.guarantee, self.seed = guarantee, seed
+        self.guarantee, self.seed, self.arithmetic = guarantee, seed, arithmetic
+        self.running: Running | None = None
         self.failure_probability = failure_probability / max(norms * (1 if self.local else 2), 1)
         self.stages: dict[Layer, Stage] = {}
         self.unmasked_stages: dict[Layer, Stage] = {}
@@ -271,13 +283,18 @@ class Proof(Pass[Fact]):
         if not bool(x.isfinite().all()):
             raise ValueError("x: got NaN or infinite values, want finite ones")
         values = x.detach().to(torch.float64, copy=True)
-        return Fact(values, torch.zeros_like(values), None, None, eps, None)
+        computed = None
+        if self.arithmetic is not None:
+            self.running = Running(self.arithmetic, len(x), x.device)
+            computed = self.running.start(values, eps)
+        return Fact(values, torch.zeros_like(values), None, None, eps, None, computed)
 
     def viewed(self, step: View, fact: Fact) -> Fact:
         move = step.rearrangement
         columns = viewed_mask(step, fact.columns, len(fact.radius))
         box = [None if t is None else move(t) for t in (fact.centre, fact.half_width)]
-        return Fact(move(fact.values), move(fact.error), box[0], box[1], fact.radius, columns)
+        computed = None if fact.computed is None else viewed_computed(step, fact.computed)
+        return Fact(move(fact.values), move(fact.error), box[0], box[1], fact.radius, columns, computed)
 
     def joined(self, step: Joined, facts: Sequence[Fact]) -> Fact:
         values, error = (torch.cat(list(t), step.dim) for t in zip(*((f.values, f.error) for f in facts), strict=True))
@@ -285,24 +302,34 @@ class Proof(Pass[Fact]):
         if any(fact.centre is not None for fact in facts):
             boxes = [torch.cat(list(t), step.dim) for t in zip(*(fact.box() for fact in facts), strict=True)]
         columns = joined_mask(step, [fact.columns for fact in facts], [fact.values for fact in facts])
-        return Fact(values, error, boxes[0], boxes[1], joined_radius([f.radius for f in facts], up), columns)
+        radius = joined_radius([f.radius for f in facts], up)
+        computed = joined_computed(step, [f.computed for f in facts if f.computed is not None])
+        return Fact(values, error, boxes[0], boxes[1], radius, columns, computed)
 
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
         rounded, terms = Rounded(layer.activation), layer.terms
         values, error = affine(terms, layer, [(fact.values, fact.error) for fact in facts])
         reach: Tensor | None = None
+        inputs: list[Input] = []
         for term, fact in zip(terms, facts, strict=True):
             considered = fact.values.new_ones(1, *fact.values.shape[1:])
             if fact.columns is not None and self.local:
                 considered = fact.columns.double()
-            own = up(fact.radius.view(-1, *[1] * len(layer.sizes)) * row_norms(term, considered))
+            of_rows = row_norms(term, considered)
+            own = up(_column(fact.radius, values) * of_rows)
             reach = own if reach is None else up(reach + own)
+            if fact.computed is not None:
+                inputs.append(computed_input(term, fact, considered, of_rows))
         assert reach is not None
         lower, upper = _end_points(values, up(reach + error))
         if any(fact.centre is not None for fact in facts):
             box = _end_points(*affine(terms, layer, [fact.box() for fact in facts]))
             lower, upper = torch.maximum(lower, box[0]), torch.minimum(upper, box[1])
-        rows, columns, slack = rounded.varying(lower, upper)
+        wide, running = (lower, upper), self.running
+        if running is not None:  # both the real and the computed values obey the masks
+            eta, apart = running.affine(layer, inputs)
+            wide = widened(lower, upper, apart)
+        rows, columns, slack = rounded.varying(*wide)
         black_box = isinstance(layer.activation, Lipschitz)
         least, most = rounded.interval(*((values, values) if black_box else _end_points(values, error)))
         off = error
@@ -322,12 +349,35 @@ class Proof(Pass[Fact]):
             growth = [self._whole(layer.path, t, fact) for t, fact in zip(terms, facts, strict=True)]
         if self.window > 1 and len(terms) == 1:
             self.stages[layer] = _stage(terms[0], norms[0], len(rows))
-        inputs = [fact.columns for fact in facts]
-        radius = self.radius(layer, [fact.radius for fact in facts], inputs, growth, rows)
-        self.record(layer, inputs, norms, rows, columns, slack)
+        varying = [fact.columns for fact in facts]
+        radius = self.radius(layer, [fact.radius for fact in facts], varying, growth, rows)
+        self.record(layer, varying, norms, rows, columns, slack)
         if black_box:
             half_width = up(half_width + _column(radius, half_width))
-        return Fact(values, error, centre, half_width, radius, columns)
+        computed = None
+        if running is not None:
+            least, most = (values, values) if black_box else rounded.interval(*wide)
+            largest = torch.maximum(least.abs(), most.abs())
+            largest = up(largest + half_width) if black_box else largest
+            computed = running.closed(layer, inputs, norms, eta, apart, rows, columns, largest)
+        return Fact(values, error, centre, half_width, radius, columns, computed)
+
+    @property
+    def execution(self) -> str:
+        return "real" if self.arithmetic is None else str(self.arithmetic.dtype).removeprefix("torch.")
+
+    def head_apart(self, head: Layer, facts: Sequence[Fact]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """(B, K) what the last layer's rounding does to the logits, and how far they are from the real ones."""
+        running, inputs = self.running, []
+        if running is None:
+            return None, None
+        for term, fact in zip(head.terms, facts, strict=True):
+            columns = torch.ones_like(fact.values) if fact.columns is None else fact.columns.double()
+            inputs.append(computed_input(term, fact, columns, row_norms(term, columns)))
+        found = running.affine(head, inputs)
+        within = running.within.unsqueeze(1)
+        eta, apart = (torch.where(within & ~t.isnan(), t, torch.inf) for t in found)
+        return eta, apart
 
     def chain_norm(self, chain: Chain) -> Tensor:
         stages = [self.stages[layer] for layer in chain.layers]
