@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ZOO, generator, zoo_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from test_random_graphs import ACTIVATIONS, RandomGraph, graphs
 from torch import Tensor, nn
 
 import locallip_cuda as ll
+from locallip_cuda.propagation.execution import COMPUTED_ERROR
 
 EPS = 0.1
 
@@ -123,6 +125,19 @@ def test_float32_disagrees_inside_a_ball_that_the_real_network_is_certified_for(
     assert found > 5
 
 
+def test_what_is_lost_early_grows_with_the_layers_behind() -> None:
+    layers: list[nn.Module] = [Offset(2.0**20)]
+    for _ in range(4):
+        layers += [nn.ReLU(), nn.Linear(2, 2)]
+        with torch.no_grad():
+            layers[-1].weight.copy_(30 * torch.eye(2))  # type: ignore[union-attr]
+            layers[-1].bias.zero_()  # type: ignore[union-attr]
+    model, x = nn.Sequential(*layers).eval(), torch.full((1, 4), 0.02)
+    for window in (1, math.inf):
+        bounds = proved(model, x, 0.05, "float32", window=window)
+        assert check(model, x, bounds, inside(x, 0.05, 30, 0)) > 1e-3
+
+
 class Off(nn.Module):
     """A unit that is off in the real network, and in float32 on where its sum of 2^20 + x is rounded up."""
 
@@ -141,7 +156,8 @@ class Off(nn.Module):
             self.head.bias.copy_(torch.tensor([0.0, -0.1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        unit = torch.relu(self.shift(self.down(torch.relu(self.up(x[:, :1])))))
+        near = torch.relu(self.down(torch.relu(self.up(x[:, :1]))))
+        unit = torch.relu(self.shift(near))
         return self.head(torch.cat([unit, x[:, 1:]], 1))
 
 
@@ -271,3 +287,21 @@ def test_rules_of_ones_own_speak_of_float64_alone() -> None:
             ll.certify(model, x, 1e-3, execution="float32")
     finally:
         del ll.rules.RULES[Half]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.tanh, torch.sigmoid, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.silu, F.mish, F.elu,
+        lambda x: F.celu(x, 0.7), F.hardswish, F.hardsigmoid, lambda x: F.leaky_relu(x, 0.3),
+        lambda x: F.hardtanh(x, -0.3, 0.1), lambda x: x.clamp(-0.7, 0.1),
+    ],
+    ids=lambda f: getattr(f, "__name__", "a function").strip("<>"),
+)  # fmt: skip
+def test_activations_in_float32_are_as_right_as_assumed(function: Callable[[Tensor], Tensor]) -> None:
+    g = generator(0)
+    sizes = 2.0 ** (torch.rand(10**6, generator=g) * 60 - 40)
+    x = torch.cat([sizes, -sizes, torch.linspace(-30, 30, 10**6)])
+    real = function(x.double())
+    off = (function(x).double() - real).abs()
+    assert (off <= COMPUTED_ERROR * 2.0**-24 * (1 + real.abs())).all()

@@ -48,7 +48,7 @@ EXECUTIONS = ("real", "float64", "float32")
 PER_MAP = 8
 
 # relative and absolute error of an activation that computes, in units of roundoff
-COMPUTED_ERROR = 16
+COMPUTED_ERROR = 64
 
 # elements (sample, class, feature) of the logits' pairs at a time
 CHUNK = 2**22
@@ -148,8 +148,10 @@ class Running:
             # bias_terms has the roundings of all maps, those that only add a constant too
             others = max(layer.bias_terms - term.parts.terms - term.parts.roundings, 0)
             roundings = torch.maximum(roundings, count + others + len(inputs) + PER_MAP)
+        self.within &= layer.bias_most < self.arithmetic.largest / 4
         if layer.bias_size is not None:
             size = up(size + layer.bias_size.abs() * (1 + gamma(layer.bias_terms + 8)) + TINY)
+        self.within &= size.flatten(1).amax(1) < self.arithmetic.largest / 4
         eta = up(up(size * _column(self.arithmetic.relative(roundings), size)) + under)
         return eta, up(eta + torch.minimum(near, far))
 

@@ -58,7 +58,8 @@ class Layer:
     """An affine value that is closed by an activation, or by none, which is ``IDENTITY``.
 
     path: of its first term.   bias: what broadcasts to (1, *sizes), or None; in a graph for proofs it is off by
-    gamma(bias_terms) bias_size, at most.   sizes: of one sample before the activation.
+    gamma(bias_terms) bias_size, at most, and ``bias_most`` is its largest size behind any of the terms' maps.
+    sizes: of one sample before the activation.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Layer:
     bias: Tensor | None
     bias_size: Tensor | None
     bias_terms: int
+    bias_most: float
     activation: Activation
     activation_path: str
     sizes: list[int]
@@ -155,6 +157,7 @@ class _Value:
     bias_terms: int
     sizes: list[int]
     path: str
+    bias_most: float = 0.0
 
 
 # Added to the sizes of biases, so that what they are off by is above what underflow may do to a sum of products.
@@ -239,7 +242,7 @@ class _Lowering:
             terms.append(closed)
         weighted = [term.path for term in terms if not isinstance(term.linear, Identity)]
         path = weighted[0] if weighted else activation_path
-        bias = (value.bias, value.bias_size, value.bias_terms)
+        bias = (value.bias, value.bias_size, value.bias_terms, value.bias_most)
         return Layer(path, terms, *bias, activation, activation_path, value.sizes)
 
     def _view(self, source: int, rearrangement: Rearrangement) -> int:
@@ -356,7 +359,8 @@ class _Lowering:
             carried = linear.absolute()((value.bias_size + NO_UNDERFLOW).expand(1, *value.sizes))
             size = carried if size is None else carried + size
         count = value.bias_terms + linear.terms + linear.roundings + 8
-        return _Value(terms, bias, size, count, sizes, value.path if moves else node.path)
+        most = value.bias_most if size is None else max(value.bias_most, float(size.max()))
+        return _Value(terms, bias, size, count, sizes, value.path if moves else node.path, most)
 
     def _stays_in_range(self, value: _Value, linear: LinearMap) -> bool:
         """Whether nothing overflows or underflows in the one map, and in the bias, that ``linear`` makes of ``value``.
@@ -386,7 +390,8 @@ class _Lowering:
                 terms.append(term)
         bias, size = one.bias, one.bias_size
         bias, size = _plus(bias, other.bias), _plus(size, other.bias_size)
-        return _Value(terms, bias, size, one.bias_terms + other.bias_terms + 1, sizes, node.path)
+        count, most = one.bias_terms + other.bias_terms + 1, one.bias_most + other.bias_most
+        return _Value(terms, bias, size, count, sizes, node.path, most)
 
     def _broadcast(self, value: _Value, sizes: list[int], node: Node) -> _Value:
         if value.sizes == sizes:
@@ -438,6 +443,7 @@ class _Lowering:
             total.terms = [Term(total.terms[0].source, parts, own.terms[0].path, parts)]
             total.bias, total.bias_size = _plus(total.bias, own.bias), _plus(total.bias_size, own.bias_size)
             total.bias_terms = max(total.bias_terms, own.bias_terms) + 1
+            total.bias_most = max(total.bias_most, own.bias_most)
         assert total is not None
         return total
 
