@@ -1,5 +1,6 @@
 # make demo    train and certify a network on handwritten digits, about a minute on two cores
 # make test    all tests, and the CUDA kernels emulated on the host under sanitizers
+# make fuzz    certificates of 2000 random networks against points of their balls, an hour and a half at most
 # make lint    ruff, mypy, clang-format
 # make bench   benchmarks beside their baselines
 #
@@ -15,7 +16,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 COMPILED = setup.py pyproject.toml $(wildcard build_support/*.py) $(filter-out %.toml,$(wildcard csrc/*.* csrc/*/*.*))
 
-.PHONY: demo test pytest emulated lint ruff mypy clang-format bench FORCE
+.PHONY: demo test pytest emulated fuzz lint ruff mypy clang-format bench FORCE
 
 demo: $(VENV)/installed-plot
 	$(BIN)/locallip train digits --out runs/digits --overwrite
@@ -29,6 +30,9 @@ pytest: $(VENV)/installed-test
 
 emulated: $(VENV)/installed-test
 	$(BIN)/python -m tests.emulation
+
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m tests.fuzz
 
 lint: ruff mypy clang-format
 
