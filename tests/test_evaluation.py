@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def measure(trained: Trained, folder: Path, **settings: Any) -> evaluation.Measurement:
-    return evaluation.measure(*trained, EPS, Journal(folder / "partial.json", settings, seed=0), **settings)
+    return evaluation.measure(*trained, EPS, Journal(folder, settings, seed=0), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +127,17 @@ def test_a_stopped_measurement_goes_on(trained: Trained, tmp_path: Path, monkeyp
 
 
 def test_a_journal_answers_its_own_question_only(tmp_path: Path) -> None:
-    path = tmp_path / "partial.json"
-    first = Journal(path, {"eps": 0.1}, seed=7)
-    first.samples[3], first.seconds["clean"] = {"label": 1}, 2.0
+    path = tmp_path / "certify.partial.0.json"
+    first = Journal(tmp_path, {"eps": 0.1}, seed=7)
+    first.batches[3], first.seconds["clean"] = [{"label": 1}], 2.0
     first.save()
-    same = Journal(path, {"eps": 0.1}, seed=8)
-    assert same.samples == {3: {"label": 1}} and same.seconds == {"clean": 2.0} and same.seed == 7
-    other = Journal(path, {"eps": 0.2}, seed=8)
-    assert other.samples == {} and other.seconds == {} and other.seed == 8
+    same = Journal(tmp_path, {"eps": 0.1}, seed=8)
+    assert same.batches == {3: [{"label": 1}]} and same.merged() == {"clean": 2.0} and same.seed == 7
+    other = Journal(tmp_path, {"eps": 0.2}, seed=8)
+    assert other.batches == {} and other.merged() == {} and other.seed == 8
     for broken in (b"", b"{", b"[]", b'{"question": 1}', path.read_bytes()[:-5]):
         path.write_bytes(broken)
-        assert Journal(path, {"eps": 0.1}, seed=9).samples == {}
+        assert Journal(tmp_path, {"eps": 0.1}, seed=9).batches == {}
     first.remove()
     first.remove()
     assert not path.exists()
@@ -214,7 +214,7 @@ def test_what_has_no_proof_says_so_at_once(trained: Trained, tmp_path: Path) -> 
     )
     with pytest.raises(UnsupportedModuleError, match="model.2: the activation has no proof"):
         measure((smooth, trained[1]), tmp_path, guarantees=["probabilistic"])
-    assert not (tmp_path / "partial.json").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_table_says_what_is_a_proof_and_what_is_none(measured: evaluation.Measurement) -> None:
@@ -276,9 +276,7 @@ def test_classes_by_their_arithmetic(tmp_path: Path) -> None:
         dataset = data.Dataset("pixels", images, torch.tensor([label]), 2)
         settings: dict[str, Any] = {"radius": "global", "guarantees": ["deterministic"], "attack_steps": 1}
         (tmp_path / str(label)).mkdir()
-        measured = evaluation.measure(
-            model, dataset, 1e-12, Journal(tmp_path / str(label) / "j", {}, seed=0), **settings
-        )
+        measured = evaluation.measure(model, dataset, 1e-12, Journal(tmp_path / str(label), {}, seed=0), **settings)
         proof = measured.certified["deterministic"]
         assert measured.clean == clean and proof.accuracy == 0 and measured.per_sample[0]["prediction"] == 0
         assert proof.tried == proof.other_class == clean

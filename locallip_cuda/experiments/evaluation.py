@@ -39,7 +39,7 @@ class Certified:
             certifies: with the same boxes and no norm below the estimate's but for rounding it fails on the others.
             Where they grow by global norms the estimate takes looser row norms, the paper's, and a proof is tried on
             all correct ones.
-        seconds: time it took for those.
+        seconds: time it took for those, summed over the processes.
         failure_probability: of the statement on one sample; 1 for an estimate, which states nothing, and for a proof
             whose random vectors were given by a seed.
         broken: samples certified that the attack misclassifies nevertheless; above 0 this refutes the guarantee.
@@ -72,7 +72,7 @@ class Measurement:
         lipschitz_global_estimate: the global one.
         curve_estimate: rows (radius, certified accuracy with the local bound, with the global bound).
         curve_composed: certified accuracy with composed norms at the same radii, an estimate too; empty for none.
-        seconds: time each stage took.
+        seconds: time each stage took, summed over the processes that worked on it, in all runs.
         seed: of the random vectors of the attack.
         proof_seed: of those of the proofs, if it was given; it voids the probabilistic guarantee.
         per_sample: index, label, prediction (of `model(x)`, as the clean accuracy counts), whether the attack failed,
@@ -292,6 +292,9 @@ def measure(
 ) -> Measurement:
     """Measure ``model`` on the first ``limit`` samples of ``dataset`` (all by default) at l2 radius ``eps``.
 
+    All processes of ``journal.workers`` call this together: each takes the next batch that none has taken. What a
+    sample gives depends on its batch and the seeds, and not on the process, so that all of them return the same.
+
     journal: what is done already, and where results are kept, batch by batch; its seed is the attack's.
     radius: how the local bound grows its boxes, see :func:`locallip_cuda.local_bounds`.   window: how many maps in a
     row are composed, beside the product of norms; 1 for none.   guarantees: those to prove,
@@ -299,7 +302,8 @@ def measure(
     estimated norms.   attack_steps: steps of size eps / 4.   proof_seed: repeats the proofs' random vectors, and voids
     the probabilistic guarantee.
 
-    ValueError for bad numbers; UnsupportedModuleError for a network without bounds, or without the proof asked for.
+    ConnectionError where another process ended; what is done is kept. ValueError for bad numbers;
+    UnsupportedModuleError for a network without bounds, or without the proof asked for.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("iterations", iterations, 1), ("limit", limit, 1)):
         if value is not None and value < least:
@@ -317,8 +321,13 @@ def measure(
     trace = traced(model, one)
     if proofs:
         check_provable(model, trace, lowered(trace, torch.float64))
-    count, seconds = len(dataset), journal.seconds
-    with tqdm(total=count, unit="sample", leave=False, disable=quiet, dynamic_ncols=True) as bar:
+    count, workers = len(dataset), journal.workers
+    batches = [list(range(first, min(first + batch_size, count))) for first in range(0, count, batch_size)]
+    left = [indices for indices in batches if len(journal.batches.get(indices[0], ())) < len(indices)]
+    done = count - sum(map(len, left))
+    with tqdm(
+        total=count, initial=done, unit="sample", leave=False, disable=quiet or workers.rank > 0, dynamic_ncols=True
+    ) as bar:
         examine = _Examiner(
             model,
             eps,
@@ -330,29 +339,46 @@ def measure(
             attack_steps,
             journal.seed,
             proof_seed,
-            seconds,
+            journal.seconds,
             bar,
         )
-        for first in range(0, count, batch_size):
-            indices = list(range(first, min(first + batch_size, count)))
-            if not all(i in journal.samples for i in indices):
-                found = examine(_Batch(indices, *dataset.batch(torch.tensor(indices), device)))
-                journal.samples.update(zip(indices, found, strict=True))
-                journal.save()
-            bar.update(len(indices))
+
+        def show(more: int = 0) -> None:
+            bar.update(done + workers.count_up("samples", more) - bar.n)
+
+        while (taken := workers.count_up("batches", 1) - 1) < len(left):
+            indices = left[taken]
+            journal.batches[indices[0]] = examine(_Batch(indices, *dataset.batch(torch.tensor(indices), device)))
+            journal.save()
+            show(len(indices))
+        workers.wait(show)
+    seconds = journal.merged()
+    results = [
+        {"index": i, **result} for own in batches for i, result in zip(own, journal.batches[own[0]], strict=False)
+    ]
     with torch.no_grad():
         started = time.perf_counter()
         first_bounds = local_bounds(model, one, eps, radius=radius, iterations=iterations)
         lipschitz_global = float(first_bounds.global_lipschitz)
         seconds["global bound"] = time.perf_counter() - started
     return _summary(
-        journal, count, eps, window, proofs, failure_probability, proof_seed, first_bounds.last_weight, lipschitz_global
+        results,
+        journal.seed,
+        seconds,
+        eps,
+        window,
+        proofs,
+        failure_probability,
+        proof_seed,
+        first_bounds.last_weight,
+        lipschitz_global,
     )
 
 
 def _summary(
-    journal: Journal,
-    count: int,
+    results: list[dict[str, Any]],
+    seed: int,
+    seconds: dict[str, float],
     eps: float,
     window: int,
     proofs: Sequence[str],
@@ -361,7 +387,7 @@ def _summary(
     last_weight: Tensor,
     lipschitz_global: float,
 ) -> Measurement:
-    results = [{"index": i, **journal.samples[i]} for i in range(count)]
+    count = len(results)
     logits = torch.tensor([r.pop("logits") for r in results])
     labels = torch.tensor([r["label"] for r in results])
     radii = global_radius(logits, labels, last_weight.detach().cpu(), lipschitz_global)
@@ -379,7 +405,7 @@ def _summary(
         return Certified(
             accuracy=len(yes) / count,
             tried=len(tried),
-            seconds=journal.seconds.get(stage, 0.0),
+            seconds=seconds.get(stage, 0.0),
             failure_probability=stated_failure_probability(guarantee, failure_probability, proof_seed),
             broken=sum(not r["attack_failed"] for r in yes),
             other_class=sum(r[how][guarantee]["prediction"] != r["prediction"] for r in tried),
@@ -400,8 +426,8 @@ def _summary(
         lipschitz_global_estimate=lipschitz_global,
         curve_estimate=[(f * eps, share(correct & (reach >= f)), share(correct & (radii > f * eps))) for f in CURVE],
         curve_composed=[] if far is None else [share(correct & (far >= f)) for f in CURVE],
-        seconds=dict(journal.seconds),
-        seed=journal.seed,
+        seconds=seconds,
+        seed=seed,
         proof_seed=proof_seed,
         per_sample=results,
     )
