@@ -38,6 +38,7 @@ from .propagation.composition import (
 from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
 from .propagation.estimate import Fact as EstimatedFact
 from .propagation.functional import Functional, Lengths, functional, lengths
+from .propagation.global_proof import GlobalProof, ProvedNorms
 from .propagation.graph import Graph, Layer, joined_radius, lowered, output_classes, traced
 from .propagation.proof import Fact as ProvedFact
 from .propagation.proof import Proof, check_provable, gains, last_weight, proved_lengths, term_norm
@@ -499,35 +500,58 @@ def global_bounds(
     eps: float | Tensor,
     *,
     iterations: int = GLOBAL_ITERATIONS,
-    norms: TrainingNorms | None = None,
+    guarantee: str = "estimate",
+    failure_probability: float = 1e-9,
+    seed: int | None = None,
+    norms: TrainingNorms | ProvedNorms | None = None,
     window: float = 1,
 ) -> LocalBounds:
-    """The plain global bound, in the shape of a local one: every row and column stays, and no box helps; an estimate.
+    """The plain global bound, in the shape of a local one: every row and column stays, and no box helps.
 
     With it the losses are the published ones, GloRo's, LMT's, BCP's without its box, EMMA's without its least radius.
     It is the baseline of the local bound, and cheap: a norm is taken once for all samples.
 
     Args:
         model, x, eps, errors: as for :func:`local_bounds`.
-        iterations: of each norm, where there are no ``norms``.
-        norms: the state of a training's norms: each starts where the last call's ended, and takes 15.
+        iterations: of each norm of an estimate, where there are no ``norms``.
+        guarantee, failure_probability, seed: as for :func:`local_bounds`. That a norm fails is the same event for all
+            samples: each statement is wrong with at most ``failure_probability``, and they may be so together.
+        norms: for an estimate the state of a training's norms: each starts where the last call's ended, and takes 15.
+            For a proof a :class:`ProvedNorms`, from which the next calls for the same network take theirs.
         window: as for :func:`local_bounds`; above 1 it is LipLT (Fazlyab, Entesari, Roy, Chellappa, NeurIPS 2023,
             arXiv:2310.00116).
     """
+    check_guarantee(guarantee, failure_probability, seed)
     _check_iterations(iterations)
     check_window(window)
     check_input(x)
+    kept, training = (norms, None) if isinstance(norms, ProvedNorms) else (ProvedNorms(), norms)
+    if norms is kept and guarantee == "estimate":
+        raise ValueError("norms: got ProvedNorms under guarantee 'estimate', want TrainingNorms or None")
     trace = traced(model, x)
     output_classes(trace)
-    graph = lowered(trace, x.dtype)
-    if norms is not None:
-        _check_norms(norms, graph, window)
-    radius = _radius_of_input(eps, x)
-    plain = Global(iterations, norms, window=window)
-    bounds = _estimated(graph, plain, plain.run(graph, x, radius), radius)
-    if agreement.is_due(model, x, proof=False):
-        agreement.check(model, trace, x, bounds.logits)
-    return bounds
+    if guarantee == "estimate":
+        graph = lowered(trace, x.dtype)
+        if training is not None:
+            _check_norms(training, graph, window)
+        radius = _radius_of_input(eps, x)
+        plain = Global(iterations, training, window=window)
+        bounds = _estimated(graph, plain, plain.run(graph, x, radius), radius)
+        if agreement.is_due(model, x, proof=False):
+            agreement.check(model, trace, x, bounds.logits)
+        return bounds
+    with torch.no_grad(), textbook_products(x.device.type):
+        graph = lowered(trace, torch.float64, proof=True)
+        check_provable(model, trace, graph)
+        if training is not None:
+            _check_norms(training, graph, window, guarantee)
+        radius = _radius_of_input(eps, x.double())
+        count = sum(_norms(graph, window))
+        proof = GlobalProof(guarantee, failure_probability, seed, count, kept, window=window)
+        proved = _proved(graph, proof, proof.run(graph, x, radius), radius, failure_probability)
+        if agreement.is_due(model, x, proof=True):
+            agreement.check(model, trace, x, proved.logits)
+        return proved
 
 
 def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps: Tensor) -> LocalBounds:
@@ -604,7 +628,7 @@ def _functionals(graph: Graph, done: Estimate | Proof, columns: Tensor | None, r
     for layer in chain.layers:  # a result is a snapshot, of which this part has gradients
         copies[layer] = folded_map(layer).with_weights(torch.clone)
     found = [functional(chain, copies.__getitem__, None, done.closings, radius)]
-    if isinstance(done, Proof) or done.masked:
+    if done.masked:
         masks = (done.rows, done.inputs, columns)
         found.append(functional(chain, copies.__getitem__, masks, done.closings, radius))
         found = found if done.linked else found[1:]

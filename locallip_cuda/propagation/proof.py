@@ -190,6 +190,17 @@ class Rounded:
         low, high = (SMOOTH_ERROR * UNIT * (1 + value.abs()) + TINY for value in (least, most))
         return least - low, most + high
 
+    def clean(self, values: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """What float64 makes of clean values, and how far from it the image of a real one within ``error`` can be."""
+        black_box = isinstance(self.activation, Lipschitz)
+        least, most = self.interval(*((values, values) if black_box else _end_points(values, error)))
+        found = self(values)  # the middle would drift with the error
+        off = torch.maximum(up(most - found), up(found - least))
+        if black_box:
+            moved = up(error.flatten(1).square().sum(1) * (1 + gamma(error[0].numel() + 8)) + TINY).sqrt()
+            off = up(off + _column(up(up(moved) * self.activation.lipschitz), off))
+        return found, off
+
     def varying(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row mask, column mask, and the two sparsity terms (B, 2) of :func:`locallip_cuda.losses.sparsity`."""
         zero = lower.new_zeros(len(lower))
@@ -304,16 +315,9 @@ class Proof(Pass[Fact]):
             lower, upper = torch.maximum(lower, box[0]), torch.minimum(upper, box[1])
         rows, columns, slack = rounded.varying(lower, upper)
         black_box = isinstance(layer.activation, Lipschitz)
-        least, most = rounded.interval(*((values, values) if black_box else _end_points(values, error)))
-        off = error
-        values = rounded(values)  # what float64 makes of it: the middle would drift with the error
-        error = torch.maximum(up(most - values), up(values - least))
-        if isinstance(layer.activation, Lipschitz):
-            moved = up(off.flatten(1).square().sum(1) * (1 + gamma(off[0].numel() + 8)) + TINY).sqrt()
-            error = up(error + _column(up(up(moved) * layer.activation.lipschitz), error))
-            centre, half_width = values, error  # and the radius, below
-        else:
-            centre, half_width = _centred(*rounded.interval(lower, upper))
+        values, error = rounded.clean(values, error)
+        # of a black box, and the radius, below
+        centre, half_width = (values, error) if black_box else _centred(*rounded.interval(lower, upper))
         if not self.local and layer.activation.kind == "clipped_maxmin":
             rows = torch.ones_like(rows)  # the paper removes none
         norms = [self._norm(layer.path, t, rows, fact.columns, fact) for t, fact in zip(terms, facts, strict=True)]
@@ -321,7 +325,7 @@ class Proof(Pass[Fact]):
         if not self.local:
             growth = [self._whole(layer.path, t, fact) for t, fact in zip(terms, facts, strict=True)]
         if self.window > 1 and len(terms) == 1:
-            self.stages[layer] = _stage(terms[0], norms[0], len(rows))
+            self.stages[layer] = stage_of(terms[0], norms[0], len(rows))
         inputs = [fact.columns for fact in facts]
         radius = self.radius(layer, [fact.radius for fact in facts], inputs, growth, rows)
         self.record(layer, inputs, norms, rows, columns, slack)
@@ -336,7 +340,7 @@ class Proof(Pass[Fact]):
     def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
         [term] = layer.terms
         whole = None if isinstance(term.linear, Identity) else self._proved(layer.path, term, None, None, 1)
-        self.unmasked_stages[layer] = _stage(term, whole, 1)
+        self.unmasked_stages[layer] = stage_of(term, whole, 1)
         all_rows = self.rows[layer].new_ones(1, *layer.sizes)
         found = []
         for chain in own:
@@ -399,7 +403,8 @@ def _is_computed(term: Term) -> bool:
     return term.linear is not term.parts or term.parts.roundings > 0
 
 
-def _stage(term: Term, norm: Tensor | None, batch: int) -> Stage:
+def stage_of(term: Term, norm: Tensor | None, batch: int) -> Stage:
+    """Of a chain, with its norm (B,) or (1,), None for 1."""
     absolute = absolute_norm(term.parts, None, None, 1)
     if _is_computed(term):
         absolute = up(absolute * (1 + 2 * _folding(term)))
