@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from locallip_cuda import attack, certify, local_bounds
+from locallip_cuda import attack, certify, global_bounds, local_bounds
 from locallip_cuda.experiments import checkpoint, data, evaluation, report
 from locallip_cuda.experiments.journal import Journal
 from locallip_cuda.experiments.network import load_model
 from locallip_cuda.experiments.recipes import recipe
 from locallip_cuda.experiments.trainer import Settings, Trainer
+from locallip_cuda.propagation import global_proof
 from locallip_cuda.propagation.graph import UnsupportedModuleError
 
 EPS = 0.3
@@ -82,17 +83,69 @@ def test_proofs(trained: Trained, measured: evaluation.Measurement) -> None:
     for guarantee, probability in (("probabilistic", 1e-9), ("deterministic", 0)):
         c = measured.certified[guarantee]
         assert c.failure_probability == probability and c.seconds > 0
-        assert c.tried == round(200 * estimate.accuracy)
+        assert c.tried == round(200 * estimate.accuracy) and 0 < c.by_global < c.tried
         assert estimate.accuracy - 0.011 <= c.accuracy <= estimate.accuracy
-        for sample in measured.per_sample[:8]:
+        whole = global_bounds(model, x, EPS, guarantee=guarantee).margin(y)
+        for sample in measured.per_sample:
             if guarantee in sample["guarantees"]:
-                i, verdict = sample["index"], sample["guarantees"][guarantee]
-                bounds = local_bounds(model, x[i : i + 1], EPS, guarantee=guarantee)
-                assert verdict["margin"] == pytest.approx(bounds.margin(y[i : i + 1]).item(), rel=0.1, abs=0.05)
-                assert verdict["certified"] is (verdict["margin"] > 0)
-                assert verdict["lipschitz"] == pytest.approx(bounds.lipschitz.item(), rel=0.02)
+                verdict, margin = sample["guarantees"][guarantee], float(whole[sample["index"]])
+                assert (verdict["bound"] == "global") is (margin > 0) or abs(margin) < 0.02
+                assert verdict["bound"] != "global" or verdict["margin"] == pytest.approx(margin, abs=0.05)
+        local = [
+            sample
+            for sample in measured.per_sample
+            if sample["guarantees"].get(guarantee, {}).get("bound") == "product"
+        ]
+        for sample in local[:8]:
+            i, verdict = sample["index"], sample["guarantees"][guarantee]
+            bounds = local_bounds(model, x[i : i + 1], EPS, guarantee=guarantee)
+            assert verdict["margin"] == pytest.approx(bounds.margin(y[i : i + 1]).item(), rel=0.1, abs=0.05)
+            assert verdict["certified"] is (verdict["margin"] > 0)
+            assert verdict["lipschitz"] == pytest.approx(bounds.lipschitz.item(), rel=0.02)
     for sample in measured.per_sample:
         assert ("deterministic" in sample["guarantees"]) is sample["guarantees"]["estimate"]["certified"]
+    assert "    decided by the global bound" in report.table(measured, "title")
+
+
+def test_the_global_bound_comes_first(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norms are proved once; what it certifies is put to no other proof; the failure probability is shared out."""
+    asked: list[tuple[str, int, float, float]] = []
+    taken: list[str] = []
+
+    def watched(name: str, honest: Any) -> Any:
+        def bounds(model: Any, x: Any, eps: float, **more: Any) -> Any:
+            if more.get("guarantee", "estimate") != "estimate":
+                asked.append((name, len(x), more["window"], more["failure_probability"]))
+            return honest(model, x, eps, **more)
+
+        return bounds
+
+    single = global_proof.GlobalProof._proved
+    monkeypatch.setattr(evaluation, "global_bounds", watched("global", global_bounds))
+    monkeypatch.setattr(evaluation, "local_bounds", watched("local", local_bounds))
+    monkeypatch.setattr(global_proof.GlobalProof, "_proved", lambda *a: (taken.append(a[1]), single(*a))[1])
+    settings = {"iterations": 30, "attack_steps": 2, "guarantees": ["probabilistic"], "limit": 60, "batch_size": 20}
+    for window, proofs in ((1, 2), (3, 3)):
+        asked.clear()
+        taken.clear()
+        m = measure(trained, tmp_path, window=window, **settings)
+        rows = [m.certified["probabilistic"], *([m.composed["probabilistic"]] if window > 1 else [])]
+        by_global = sum(row.by_global for row in rows)
+        decided = {sample["index"]: {} for sample in m.per_sample}
+        for how in ("guarantees", "composed"):
+            for sample in m.per_sample:
+                decided[sample["index"]] |= {how: sample.get(how, {}).get("probabilistic", {}).get("bound")}
+        bounds = [bound for each in decided.values() for bound in each.values() if bound]
+        assert by_global == bounds.count("global") > 0 and ("product" in bounds or window > 1)
+        assert not any(
+            {"product", "composed"} & set(each.values()) for each in decided.values() if "global" in each.values()
+        )
+        assert [own for name, _, own, _ in asked if name == "global"] == [window] * 3
+        assert {share for _, _, _, share in asked} == {1e-9 / proofs}
+        put = {name: sum(count for own, count, _, _ in asked if own == name) for name in ("global", "local")}
+        assert put["local"] == bounds.count("product") + bounds.count("composed")
+        assert put["global"] == sum(1 for each in decided.values() if any(each.values()))
+        assert len(taken) == 3  # operators of the network, for three batches
 
 
 def test_a_stopped_measurement_goes_on(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attack import pgd
-from ..bounds import LocalBounds, local_bounds
+from ..bounds import LocalBounds, global_bounds, local_bounds
 from ..norms.masked_norm import check_guarantee, stated_failure_probability
 from ..propagation.composition import check_window
+from ..propagation.global_proof import ProvedNorms
 from ..propagation.graph import lowered, traced
 from ..propagation.proof import check_provable
 from .data import Dataset
@@ -39,7 +41,9 @@ class Certified:
             certifies: with the same boxes and no norm below the estimate's but for rounding it fails on the others.
             Where they grow by global norms the estimate takes looser row norms, the paper's, and a proof is tried on
             all correct ones.
-        seconds: time it took for those, summed over the processes.
+        by_global: how many of those the proved global bound certifies, by the norms of the window: it comes first, and
+            what it certifies is put to no other.
+        seconds: time it took for those, summed over the processes. That of the global bound counts with the product.
         failure_probability: of the statement on one sample; 1 for an estimate, which states nothing, and for a proof
             whose random vectors were given by a seed.
         broken: samples certified that the attack misclassifies nevertheless; above 0 this refutes the guarantee.
@@ -49,6 +53,7 @@ class Certified:
 
     accuracy: float
     tried: int
+    by_global: int
     seconds: float
     failure_probability: float
     broken: int
@@ -62,8 +67,8 @@ class Measurement:
     Attributes:
         clean, attacked: accuracy without attack, and under projected gradient descent within the radius.
         window: how many maps in a row were composed in ``composed``; 1 for none.
-        certified: what each guarantee gave, with the local Lipschitz bound as a product of norms; "estimate" is always
-            there.
+        certified: what each guarantee gave, with the local Lipschitz bound as a product of norms, on samples that its
+            estimate certifies; "estimate" is always there.
         composed: the same with composed norms, which were tried on samples that the product did not certify, and count
             those that it did. Empty where ``window`` is 1.
         certified_global_estimate: certified accuracy with the global Lipschitz bound.
@@ -77,7 +82,7 @@ class Measurement:
         proof_seed: of those of the proofs, if it was given; it voids the probabilistic guarantee.
         per_sample: index, label, prediction (of `model(x)`, as the clean accuracy counts), whether the attack failed,
             largest radius of the curve certified by the estimate, with composed norms too, and under "guarantees" and
-            "composed", for every guarantee tried,
+            "composed", for every guarantee tried, the bound that decided ("global", "product" or "composed"), its
             margin of the label, Lipschitz constant, verdict, and the prediction that it speaks of: a proof's is that of
             the network in real arithmetic.
     """
@@ -124,13 +129,15 @@ class _Batch:
 
 
 class _Found:
-    """What bounds say of a batch with the labels ``y``."""
+    """What a bound says of a batch with the labels ``y``."""
 
-    def __init__(self, bounds: LocalBounds, y: Tensor) -> None:
+    def __init__(self, name: str, bounds: LocalBounds, y: Tensor) -> None:
+        self.name = name
         self.margin, self.lipschitz, self.prediction = bounds.margin(y), bounds.lipschitz, bounds.logits.argmax(1)
 
     def verdict(self, i: int, certified: Tensor) -> dict[str, Any]:
         return {
+            "bound": self.name,
             "certified": bool(certified[i]),
             "margin": float(self.margin[i]),
             "lipschitz": float(self.lipschitz[i]),
@@ -160,6 +167,7 @@ class _Examiner:
         self.window = window
         self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
         self.seed, self.proof_seed, self.seconds, self.bar = seed, proof_seed, seconds, bar
+        self.global_norms = ProvedNorms()
 
     def __call__(self, batch: _Batch) -> list[dict[str, Any]]:
         x, y = batch.x, batch.y
@@ -195,29 +203,47 @@ class _Examiner:
             }
             for i in range(len(y))
         ]
-        candidates = certified if self.radius == "local" else correct
-        for guarantee in self.proofs:
-            self._prove(found, x, y, candidates, guarantee)
         if self.window > 1:
             for i in range(len(y)):
                 found[i] |= {"curve_composed": float(far[i]), "composed": {}}
             for k, i in enumerate(left.nonzero()[:, 0].tolist()):
                 found[i]["composed"]["estimate"] = composed.verdict(k, composed.margin > 0)
-            for guarantee in self.proofs:
-                done = [found[i]["guarantees"].get(guarantee, {}).get("certified", False) for i in range(len(y))]
-                rest = certified_composed & ~torch.tensor(done, device=y.device)
-                self._prove(found, x, y, rest, guarantee, self.window)
+        candidates = certified if self.radius == "local" else correct
+        for guarantee in self.proofs:
+            self._prove(found, x, y, guarantee, candidates, candidates | certified_composed)
         return found
 
     def _prove(
-        self, found: list[dict[str, Any]], x: Tensor, y: Tensor, candidates: Tensor, guarantee: str, window: int = 1
+        self,
+        found: list[dict[str, Any]],
+        x: Tensor,
+        y: Tensor,
+        guarantee: str,
+        candidates: Tensor,
+        all_candidates: Tensor,
     ) -> None:
-        """The verdicts on ``candidates`` into ``found``."""
-        for part in torch.split(candidates.nonzero()[:, 0], PROOF_BATCH):
-            with self._stage(guarantee if window == 1 else f"composed {guarantee}", x):
-                proof = self._proved(x[part], y[part], guarantee, window)
-            for k, i in enumerate(part.tolist()):
-                found[i]["guarantees" if window == 1 else "composed"][guarantee] = proof.verdict(k, proof.margin > 0)
+        """The verdicts into ``found``: by the global bound, by the product on what that leaves of ``candidates``, by
+        composed norms on what is left of all. The global one counts where the next one would have."""
+        left = all_candidates.clone()
+
+        def judge(samples: Tensor, stage: str, bound: Callable[[Tensor, Tensor], _Found], *, final: bool) -> None:
+            with self._stage(stage, x):
+                proof = bound(x[samples], y[samples])
+            sure = proof.margin > 0
+            left[samples] = ~sure
+            for k, i in enumerate(samples.tolist()):
+                if final or sure[k]:
+                    how = "guarantees" if candidates[i] and proof.name != "composed" else "composed"
+                    found[i][how][guarantee] = proof.verdict(k, sure)
+
+        if left.any():
+            whole = partial(self._proved_globally, guarantee)
+            judge(left.nonzero()[:, 0], f"global {guarantee}", whole, final=False)
+        local = [(candidates, 1, guarantee), (all_candidates, self.window, f"composed {guarantee}")]
+        for tried, window, stage in local[: 1 if self.window == 1 else 2]:
+            for part in torch.split((left & tried).nonzero()[:, 0], PROOF_BATCH):
+                if len(part):
+                    judge(part, stage, partial(self._proved, guarantee, window), final=True)
 
     @contextmanager
     def _stage(self, name: str, x: Tensor) -> Iterator[None]:
@@ -231,21 +257,23 @@ class _Examiner:
     @torch.no_grad()
     def _estimated(self, x: Tensor, y: Tensor, eps: float, window: int = 1) -> _Found:
         bounds = local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations, window=window)
-        return _Found(bounds, y)
+        return _Found("product" if window == 1 else "composed", bounds, y)
 
-    def _proved(self, x: Tensor, y: Tensor, guarantee: str, window: int) -> _Found:
-        bounds = local_bounds(
-            self.model,
-            x,
-            self.eps,
-            radius=self.radius,
-            guarantee=guarantee,
-            # a sample may be put to two proofs, and certified by either
-            failure_probability=self.failure_probability / (1 if self.window == 1 else 2),
-            seed=self.proof_seed if guarantee == "probabilistic" else None,
-            window=window,
-        )
-        return _Found(bounds, y)
+    def _worth(self, guarantee: str) -> dict[str, Any]:
+        """Of each proof that a sample may be put to: the global bound, the product, composed norms."""
+        share = self.failure_probability / (2 if self.window == 1 else 3)
+        seed = self.proof_seed if guarantee == "probabilistic" else None
+        return {"guarantee": guarantee, "failure_probability": share, "seed": seed}
+
+    def _proved_globally(self, guarantee: str, x: Tensor, y: Tensor) -> _Found:
+        worth, norms = self._worth(guarantee), self.global_norms
+        bounds = global_bounds(self.model, x, self.eps, **worth, norms=norms, window=self.window)
+        return _Found("global", bounds, y)
+
+    def _proved(self, guarantee: str, window: int, x: Tensor, y: Tensor) -> _Found:
+        worth = self._worth(guarantee)
+        bounds = local_bounds(self.model, x, self.eps, radius=self.radius, **worth, window=window)
+        return _Found("product" if window == 1 else "composed", bounds, y)
 
     def _reach(self, x: Tensor, y: Tensor, correct: Tensor, certified: Tensor, window: int = 1) -> Tensor:
         """The largest factor of CURVE at which each sample is certified by the estimate, -1 where it is misclassified.
@@ -401,11 +429,12 @@ def _summary(
         tried = [r for r in results if guarantee in r[how]]
         ways = {"guarantees", how}
         yes = [r for r in results if any(r[way].get(guarantee, {}).get("certified") for way in ways)]
-        stage = guarantee if how == "guarantees" else f"composed {guarantee}"
+        stages = [guarantee, f"global {guarantee}"] if how == "guarantees" else [f"composed {guarantee}"]
         return Certified(
             accuracy=len(yes) / count,
             tried=len(tried),
-            seconds=seconds.get(stage, 0.0),
+            by_global=sum(r[how][guarantee]["bound"] == "global" for r in tried),
+            seconds=sum(seconds.get(stage, 0.0) for stage in stages),
             failure_probability=stated_failure_probability(guarantee, failure_probability, proof_seed),
             broken=sum(not r["attack_failed"] for r in yes),
             other_class=sum(r[how][guarantee]["prediction"] != r["prediction"] for r in tried),

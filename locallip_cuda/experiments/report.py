@@ -17,7 +17,7 @@ import torch
 from ..build_info import build_info
 from .checkpoint import write_atomically
 from .data import Dataset
-from .evaluation import Measurement
+from .evaluation import Certified, Measurement
 
 CAVEAT = {
     "estimate": (
@@ -64,11 +64,13 @@ def table(measurement: Measurement, title: str) -> str:
         price = "" if name == "estimate" else f"{100 * (c.accuracy - estimate):+.2f} points"
         each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
         rows.append((f"certified ({name}), local bound", f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
+        rows += _by_global(c, m.samples)
     for name, c in m.composed.items():
         price = f"{100 * (c.accuracy - estimate):+.2f} points"
         each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
         label = f"certified ({name}), local bound, {windowed(m.window)}"
         rows.append((label, f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
+        rows += _by_global(c, m.samples)
     broken = sum(c.broken for c in (*m.certified.values(), *m.composed.values()))
     rows += [
         (
@@ -89,6 +91,10 @@ def table(measurement: Measurement, title: str) -> str:
     rule = "-" * max(map(len, lines))
     notes = [textwrap.fill(text, max(len(rule), 72), subsequent_indent="  ") for text in caveats(m)]
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *notes])
+
+
+def _by_global(c: Certified, samples: int) -> list[tuple[str, str, str, str, str]]:
+    return [("    decided by the global bound", f"{c.by_global / samples:.2%}", "", "", "")] if c.by_global else []
 
 
 def windowed(window: int) -> str:
