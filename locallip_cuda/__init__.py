@@ -12,6 +12,7 @@ from .certify import Certificate, certified_radius, certify
 from .checked import Checked, checked
 from .norms.masked_norm import NormBound, masked_norm, masked_norm_bound
 from .propagation import rules
+from .propagation.global_proof import ProvedNorms
 from .propagation.graph import UnsupportedModuleError
 from .propagation.rules import rule
 from .propagation.training_norms import TrainingNorms
@@ -22,6 +23,7 @@ __all__ = [
     "LocalBounds",
     "NormBound",
     "ProvedBounds",
+    "ProvedNorms",
     "TrainingNorms",
     "UnsupportedModuleError",
     "build_info",

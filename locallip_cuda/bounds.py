@@ -38,8 +38,9 @@ from .propagation.composition import (
 )
 from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
 from .propagation.estimate import Fact as EstimatedFact
-from .propagation.execution import Computed, arithmetic_of, pairs_apart
+from .propagation.execution import Arithmetic, Computed, arithmetic_of, pairs_apart
 from .propagation.functional import Functional, Lengths, functional, lengths
+from .propagation.global_proof import GlobalProof, ProvedNorms
 from .propagation.graph import Graph, Layer, joined_radius, lowered, output_classes, traced
 from .propagation.proof import Fact as ProvedFact
 from .propagation.proof import Proof, check_provable, gains, last_weight, proved_lengths, term_norm
@@ -445,6 +446,27 @@ def _of_bytes(x: Tensor, model: nn.Module) -> tuple[Tensor, float]:
     return x.to(of) / 255, off * (1 + 1e-9)
 
 
+def _as_it_runs(
+    model: nn.Module, x: Tensor, execution: str, guarantee: str
+) -> tuple[nn.Module, Tensor, float, Arithmetic | None]:
+    """What is traced: model and x in the type of the execution; what eps grows by; and the type's arithmetic."""
+    x, off = _of_bytes(x, model)
+    check_input(x)
+    arithmetic = arithmetic_of(execution, x.dtype)
+    if arithmetic is None:
+        return model, x, off, None
+    if guarantee == "estimate":
+        raise ValueError(f"execution: got {execution!r} with guarantee='estimate', want a proof, or 'real'")
+    if arithmetic.dtype != x.dtype:
+        model, x = _in_float64(model), x.double()
+    return model, x, off, arithmetic
+
+
+def _radius_of_proof(eps: float | Tensor, x: Tensor, off: float) -> Tensor:
+    radius = _radius_of_input(eps, x.double())
+    return up(radius + off) if off else radius
+
+
 def _in_float64(model: nn.Module) -> nn.Module:
     """A copy of the network that runs in float64."""
     try:
@@ -518,14 +540,7 @@ def local_bounds(
     check_window(window)
     if window > 1 and radius == "global":
         raise ValueError(f"window: got {window} with radius='global', want 1: the paper's bound composes nothing")
-    x, off = _of_bytes(x, model)
-    check_input(x)
-    arithmetic = arithmetic_of(execution, x.dtype)
-    if arithmetic is not None:
-        if guarantee == "estimate":
-            raise ValueError(f"execution: got {execution!r} with guarantee='estimate', want a proof, or 'real'")
-        if arithmetic.dtype != x.dtype:
-            model, x = _in_float64(model), x.double()
+    model, x, off, arithmetic = _as_it_runs(model, x, execution, guarantee)
     trace = traced(model, x)
     classes = output_classes(trace)
     if guarantee == "estimate":
@@ -544,8 +559,7 @@ def local_bounds(
         check_provable(model, trace, graph)
         if norms is not None:
             _check_norms(norms, graph, window, guarantee)
-        at_input = _radius_of_input(eps, x.double())
-        at_input = up(at_input + off) if off else at_input
+        at_input = _radius_of_proof(eps, x, off)
         count = sum(_norms(graph, window)) + _unmasked_norms(graph, window)
         proof = Proof(radius, guarantee, failure_probability, seed, count, window=window, arithmetic=arithmetic)
         bounds = _proved(graph, proof, proof.run(graph, x, at_input), at_input, failure_probability)
@@ -560,35 +574,60 @@ def global_bounds(
     eps: float | Tensor,
     *,
     iterations: int = GLOBAL_ITERATIONS,
-    norms: TrainingNorms | None = None,
+    guarantee: str = "estimate",
+    failure_probability: float = 1e-9,
+    seed: int | None = None,
+    norms: TrainingNorms | ProvedNorms | None = None,
     window: float = 1,
+    execution: str = "real",
 ) -> LocalBounds:
-    """The plain global bound, in the shape of a local one: every row and column stays, and no box helps; an estimate.
+    """The plain global bound, in the shape of a local one: every row and column stays, and no box helps.
 
     With it the losses are the published ones, GloRo's, LMT's, BCP's without its box, EMMA's without its least radius.
     It is the baseline of the local bound, and cheap: a norm is taken once for all samples.
 
     Args:
         model, x, eps, errors: as for :func:`local_bounds`.
-        iterations: of each norm, where there are no ``norms``.
-        norms: the state of a training's norms: each starts where the last call's ended, and takes 15.
+        iterations: of each norm of an estimate, where there are no ``norms``.
+        guarantee, failure_probability, seed: as for :func:`local_bounds`. That a norm fails is the same event for all
+            samples: each statement is wrong with at most ``failure_probability``, and they may be so together.
+        norms: for an estimate the state of a training's norms: each starts where the last call's ended, and takes 15.
+            For a proof a :class:`ProvedNorms`, from which the next calls for the same network take theirs.
         window: as for :func:`local_bounds`; above 1 it is LipLT (Fazlyab, Entesari, Roy, Chellappa, NeurIPS 2023,
             arXiv:2310.00116).
+        execution: as for :func:`local_bounds`.
     """
+    check_guarantee(guarantee, failure_probability, seed)
     _check_iterations(iterations)
     check_window(window)
-    check_input(x)
+    model, x, off, arithmetic = _as_it_runs(model, x, execution, guarantee)
+    kept, training = (norms, None) if isinstance(norms, ProvedNorms) else (ProvedNorms(), norms)
+    if norms is kept and guarantee == "estimate":
+        raise ValueError("norms: got ProvedNorms under guarantee 'estimate', want TrainingNorms or None")
     trace = traced(model, x)
     output_classes(trace)
-    graph = lowered(trace, x.dtype)
-    if norms is not None:
-        _check_norms(norms, graph, window)
-    radius = _radius_of_input(eps, x)
-    plain = Global(iterations, norms, window=window)
-    bounds = _estimated(graph, plain, plain.run(graph, x, radius), radius)
-    if agreement.is_due(model, x, proof=False):
-        agreement.check(model, trace, x, bounds.logits)
-    return bounds
+    if guarantee == "estimate":
+        graph = lowered(trace, x.dtype)
+        if training is not None:
+            _check_norms(training, graph, window)
+        radius = _radius_of_input(eps, x) + off
+        plain = Global(iterations, training, window=window)
+        bounds = _estimated(graph, plain, plain.run(graph, x, radius), radius)
+        if agreement.is_due(model, x, proof=False):
+            agreement.check(model, trace, x, bounds.logits)
+        return bounds
+    with torch.no_grad(), textbook_products(x.device.type):
+        graph = lowered(trace, torch.float64, proof=True)
+        check_provable(model, trace, graph)
+        if training is not None:
+            _check_norms(training, graph, window, guarantee)
+        radius = _radius_of_proof(eps, x, off)
+        count = sum(_norms(graph, window))
+        proof = GlobalProof(guarantee, failure_probability, seed, count, kept, window=window, arithmetic=arithmetic)
+        proved = _proved(graph, proof, proof.run(graph, x, radius), radius, failure_probability)
+        if agreement.is_due(model, x, proof=True):
+            agreement.check(model, trace, x, proved.logits)
+        return proved
 
 
 def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps: Tensor) -> LocalBounds:
@@ -670,7 +709,7 @@ def _functionals(graph: Graph, done: Estimate | Proof, columns: Tensor | None, r
     for layer in chain.layers:  # a result is a snapshot, of which this part has gradients
         copies[layer] = folded_map(layer).with_weights(torch.clone)
     found = [functional(chain, copies.__getitem__, None, done.closings, radius)]
-    if isinstance(done, Proof) or done.masked:
+    if done.masked:
         masks = (done.rows, done.inputs, columns)
         found.append(functional(chain, copies.__getitem__, masks, done.closings, radius))
         found = found if done.linked else found[1:]

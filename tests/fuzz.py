@@ -1,4 +1,5 @@
-"""Certificates of random networks against points of their balls: both guarantees, every execution, radius and window.
+"""Certificates of random networks against points of their balls: local and global, with both guarantees, every
+execution, radius and window.
 
     python -m tests.fuzz                        2000 networks, as many as an hour and a half allows
     python -m tests.fuzz --seed S --networks 1  one network again
@@ -107,8 +108,8 @@ def trial(seed: int) -> int:
     dtype = model.head.weight.dtype
     x = torch.rand(1, 2, SIDE, SIDE, dtype=dtype) * 10 ** rng.uniform(-2, 1)
     eps = 10 ** rng.uniform(-4, 0.3)
-    more = {"window": rng.choice([1, 1, 2, math.inf])}
-    if more["window"] == 1 and rng.random() < 0.2:
+    more, bounds = {"window": rng.choice([1, 1, 2, math.inf])}, rng.choice([ll.local_bounds] * 3 + [ll.global_bounds])
+    if more["window"] == 1 and bounds is ll.local_bounds and rng.random() < 0.2:
         more = {"radius": "global"}  # type: ignore[dict-item]
     among, exact_gaps = list(points(model, x, eps, rng)), {}
     count = 0
@@ -117,14 +118,14 @@ def trial(seed: int) -> int:
             if execution == "float32" and dtype != torch.float32:
                 continue
             try:
-                b = ll.local_bounds(model, x, eps, guarantee=guarantee, execution=execution, **more)  # type: ignore[arg-type]
+                b = bounds(model, x, eps, guarantee=guarantee, execution=execution, **more)  # type: ignore[operator]
             except ll.UnsupportedModuleError:  # factors too far apart for a proof, say
                 continue
             label, margin = int(b.logits.argmax()), float(b.margin()[0])
             if math.isnan(margin) or margin == -math.inf:
                 continue
             count += 1
-            what = f"seed {seed}, {guarantee}, {execution}, {more}: margin {margin}"
+            what = f"seed {seed}, {bounds.__name__}, {guarantee}, {execution}, {more}: margin {margin}"
             for k, point in enumerate(among):
                 if (k, label) not in exact_gaps:
                     logits, off = real_logits(model, point, exactly)

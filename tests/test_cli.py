@@ -54,7 +54,7 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "100 test samples of digits, l2 radius 0.25" in printed and "no proof" in " ".join(printed.split())
     assert "certified (probabilistic), local bound" in printed and "points" in printed
-    assert not (out / "certify.partial.json").exists()
+    assert not (out / "certify.partial.0.json").exists()
     assert (out / "certify.png").exists()
     values = json.loads((out / "certify.json").read_text())
     assert values["result"]["samples"] == 100 and values["result"]["eps"] == 0.25
@@ -128,7 +128,7 @@ def test_a_stopped_certification_goes_on(number: signal.Signals, tmp_path: Path)
     assert cli.main([*TRAIN, "--epochs", "1", "--out", str(out)]) == 0
     command = [sys.executable, "-m", "locallip_cuda", "certify", str(out), "--batch-size", "4", "--device", "cpu"]
     command += ["--limit", "48"]
-    partial = out / "certify.partial.json"
+    partial = out / "certify.partial.0.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command,
@@ -144,8 +144,8 @@ def test_a_stopped_certification_goes_on(number: signal.Signals, tmp_path: Path)
         printed, errors = process.communicate(timeout=60)
     assert not errors and not (out / "certify.json").exists()
     if number == signal.SIGINT:
-        assert process.returncode == 128 + number and "The same command goes on from there." in printed
-    done = len(json.loads(partial.read_text())["samples"])
+        assert process.returncode == 128 + number and "The same command goes on from what is done." in printed
+    done = sum(map(len, json.loads(partial.read_text())["batches"].values()))
     assert 4 <= done < 48
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
     assert f"{done} samples are done" in finished.stdout and not partial.exists()

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from locallip_cuda import attack, certify, local_bounds
+from locallip_cuda import attack, certify, global_bounds, local_bounds
 from locallip_cuda.experiments import checkpoint, data, evaluation, report
 from locallip_cuda.experiments.journal import Journal
 from locallip_cuda.experiments.network import load_model
 from locallip_cuda.experiments.recipes import recipe
 from locallip_cuda.experiments.trainer import Settings, Trainer
+from locallip_cuda.propagation import global_proof
 from locallip_cuda.propagation.graph import UnsupportedModuleError
 
 EPS = 0.3
@@ -29,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def measure(trained: Trained, folder: Path, **settings: Any) -> evaluation.Measurement:
-    return evaluation.measure(*trained, EPS, Journal(folder / "partial.json", settings, seed=0), **settings)
+    return evaluation.measure(*trained, EPS, Journal(folder, settings, seed=0), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +83,69 @@ def test_proofs(trained: Trained, measured: evaluation.Measurement) -> None:
     for guarantee, probability in (("probabilistic", 1e-9), ("deterministic", 0)):
         c = measured.certified[guarantee]
         assert c.failure_probability == probability and c.seconds > 0
-        assert c.tried == round(200 * estimate.accuracy)
+        assert c.tried == round(200 * estimate.accuracy) and 0 < c.by_global < c.tried
         assert estimate.accuracy - 0.011 <= c.accuracy <= estimate.accuracy
-        for sample in measured.per_sample[:8]:
+        whole = global_bounds(model, x, EPS, guarantee=guarantee).margin(y)
+        for sample in measured.per_sample:
             if guarantee in sample["guarantees"]:
-                i, verdict = sample["index"], sample["guarantees"][guarantee]
-                bounds = local_bounds(model, x[i : i + 1], EPS, guarantee=guarantee)
-                assert verdict["margin"] == pytest.approx(bounds.margin(y[i : i + 1]).item(), rel=0.1, abs=0.05)
-                assert verdict["certified"] is (verdict["margin"] > 0)
-                assert verdict["lipschitz"] == pytest.approx(bounds.lipschitz.item(), rel=0.02)
+                verdict, margin = sample["guarantees"][guarantee], float(whole[sample["index"]])
+                assert (verdict["bound"] == "global") is (margin > 0) or abs(margin) < 0.02
+                assert verdict["bound"] != "global" or verdict["margin"] == pytest.approx(margin, abs=0.05)
+        local = [
+            sample
+            for sample in measured.per_sample
+            if sample["guarantees"].get(guarantee, {}).get("bound") == "product"
+        ]
+        for sample in local[:8]:
+            i, verdict = sample["index"], sample["guarantees"][guarantee]
+            bounds = local_bounds(model, x[i : i + 1], EPS, guarantee=guarantee)
+            assert verdict["margin"] == pytest.approx(bounds.margin(y[i : i + 1]).item(), rel=0.1, abs=0.05)
+            assert verdict["certified"] is (verdict["margin"] > 0)
+            assert verdict["lipschitz"] == pytest.approx(bounds.lipschitz.item(), rel=0.02)
     for sample in measured.per_sample:
         assert ("deterministic" in sample["guarantees"]) is sample["guarantees"]["estimate"]["certified"]
+    assert "    decided by the global bound" in report.table(measured, "title")
+
+
+def test_the_global_bound_comes_first(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norms are proved once; what it certifies is put to no other proof; the failure probability is shared out."""
+    asked: list[tuple[str, int, float, float]] = []
+    taken: list[str] = []
+
+    def watched(name: str, honest: Any) -> Any:
+        def bounds(model: Any, x: Any, eps: float, **more: Any) -> Any:
+            if more.get("guarantee", "estimate") != "estimate":
+                asked.append((name, len(x), more["window"], more["failure_probability"]))
+            return honest(model, x, eps, **more)
+
+        return bounds
+
+    single = global_proof.GlobalProof._proved
+    monkeypatch.setattr(evaluation, "global_bounds", watched("global", global_bounds))
+    monkeypatch.setattr(evaluation, "local_bounds", watched("local", local_bounds))
+    monkeypatch.setattr(global_proof.GlobalProof, "_proved", lambda *a: (taken.append(a[1]), single(*a))[1])
+    settings = {"iterations": 30, "attack_steps": 2, "guarantees": ["probabilistic"], "limit": 60, "batch_size": 20}
+    for window, proofs in ((1, 2), (3, 3)):
+        asked.clear()
+        taken.clear()
+        m = measure(trained, tmp_path, window=window, **settings)
+        rows = [m.certified["probabilistic"], *([m.composed["probabilistic"]] if window > 1 else [])]
+        by_global = sum(row.by_global for row in rows)
+        decided = {sample["index"]: {} for sample in m.per_sample}
+        for how in ("guarantees", "composed"):
+            for sample in m.per_sample:
+                decided[sample["index"]] |= {how: sample.get(how, {}).get("probabilistic", {}).get("bound")}
+        bounds = [bound for each in decided.values() for bound in each.values() if bound]
+        assert by_global == bounds.count("global") > 0 and ("product" in bounds or window > 1)
+        assert not any(
+            {"product", "composed"} & set(each.values()) for each in decided.values() if "global" in each.values()
+        )
+        assert [own for name, _, own, _ in asked if name == "global"] == [window] * 3
+        assert {share for _, _, _, share in asked} == {1e-9 / proofs}
+        put = {name: sum(count for own, count, _, _ in asked if own == name) for name in ("global", "local")}
+        assert put["local"] == bounds.count("product") + bounds.count("composed")
+        assert put["global"] == sum(1 for each in decided.values() if any(each.values()))
+        assert len(taken) == 3  # operators of the network, for three batches
 
 
 def test_a_stopped_measurement_goes_on(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,17 +180,17 @@ def test_a_stopped_measurement_goes_on(trained: Trained, tmp_path: Path, monkeyp
 
 
 def test_a_journal_answers_its_own_question_only(tmp_path: Path) -> None:
-    path = tmp_path / "partial.json"
-    first = Journal(path, {"eps": 0.1}, seed=7)
-    first.samples[3], first.seconds["clean"] = {"label": 1}, 2.0
+    path = tmp_path / "certify.partial.0.json"
+    first = Journal(tmp_path, {"eps": 0.1}, seed=7)
+    first.batches[3], first.seconds["clean"] = [{"label": 1}], 2.0
     first.save()
-    same = Journal(path, {"eps": 0.1}, seed=8)
-    assert same.samples == {3: {"label": 1}} and same.seconds == {"clean": 2.0} and same.seed == 7
-    other = Journal(path, {"eps": 0.2}, seed=8)
-    assert other.samples == {} and other.seconds == {} and other.seed == 8
+    same = Journal(tmp_path, {"eps": 0.1}, seed=8)
+    assert same.batches == {3: [{"label": 1}]} and same.merged() == {"clean": 2.0} and same.seed == 7
+    other = Journal(tmp_path, {"eps": 0.2}, seed=8)
+    assert other.batches == {} and other.merged() == {} and other.seed == 8
     for broken in (b"", b"{", b"[]", b'{"question": 1}', path.read_bytes()[:-5]):
         path.write_bytes(broken)
-        assert Journal(path, {"eps": 0.1}, seed=9).samples == {}
+        assert Journal(tmp_path, {"eps": 0.1}, seed=9).batches == {}
     first.remove()
     first.remove()
     assert not path.exists()
@@ -214,7 +267,7 @@ def test_what_has_no_proof_says_so_at_once(trained: Trained, tmp_path: Path) -> 
     )
     with pytest.raises(UnsupportedModuleError, match="model.2: the activation has no proof"):
         measure((smooth, trained[1]), tmp_path, guarantees=["probabilistic"])
-    assert not (tmp_path / "partial.json").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_table_says_what_is_a_proof_and_what_is_none(measured: evaluation.Measurement) -> None:
@@ -276,9 +329,7 @@ def test_classes_by_their_arithmetic(tmp_path: Path) -> None:
         dataset = data.Dataset("pixels", images, torch.tensor([label]), 2)
         settings: dict[str, Any] = {"radius": "global", "guarantees": ["deterministic"], "attack_steps": 1}
         (tmp_path / str(label)).mkdir()
-        measured = evaluation.measure(
-            model, dataset, 1e-12, Journal(tmp_path / str(label) / "j", {}, seed=0), **settings
-        )
+        measured = evaluation.measure(model, dataset, 1e-12, Journal(tmp_path / str(label), {}, seed=0), **settings)
         proof = measured.certified["deterministic"]
         assert measured.clean == clean and proof.accuracy == 0 and measured.per_sample[0]["prediction"] == 0
         assert proof.tried == proof.other_class == clean

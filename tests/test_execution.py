@@ -71,7 +71,11 @@ def test_what_runs_stays_within_its_bound(name: str) -> None:
         assert bounds.execution == execution and bounds.execution_error is not None
         assert bounds.execution_error.isfinite().all()
         run, at = (model, x) if execution == "float32" else (copy.deepcopy(model).double(), x.double())
-        check(run, at, bounds, inside(at, EPS, 10, 1))
+        among = inside(at, EPS, 10, 1)
+        check(run, at, bounds, among)
+        whole = ll.global_bounds(model, x, EPS, guarantee="deterministic", execution=execution)
+        assert isinstance(whole, ll.ProvedBounds) and (whole.margin() <= bounds.margin() + 1e-5).all()
+        check(run, at, whole, among)
 
 
 @settings(max_examples=40, deadline=None)

@@ -125,7 +125,13 @@ def test_random_graphs(steps: list[tuple[object, ...]], seed: int, eps: float, r
         true = true_norms(layer.linear, layer.row_mask, layer.input_mask)
         assert (layer.norm >= true * (1 - 1e-14)).all()
         assert (layer.norm <= true * (1 + 1e-5) + 1e-12).all()
+    whole = ll.global_bounds(model, x, eps, guarantee="deterministic", window=2)
+    first, second = whole.logits.topk(2).values.unbind(1)
+    room = first - second - whole.margin()
+    composed = ll.local_bounds(model, x, eps, guarantee="deterministic", window=2)
+    assert (composed.margin() >= whole.margin() - 1e-5 * room - 1e-9).all()
     prediction = proof.logits.argmax(1)
+    most = whole.worst_logits(prediction)
     gains = proof.worst_logits(prediction) - proof.logits.gather(1, prediction.unsqueeze(1))
     for point in points(x, eps, 20, seed):
         features = ll.global_bounds(model, point, 0.0, iterations=0).features
@@ -135,3 +141,5 @@ def test_random_graphs(steps: list[tuple[object, ...]], seed: int, eps: float, r
         logits = model(point)
         own = logits.gather(1, prediction.unsqueeze(1))
         assert (logits - own <= gains + 1e-9).all(), "a logit gains more than its bound"
+        gained = whole.logits.gather(1, prediction.unsqueeze(1))
+        assert (logits - own <= most - gained + 1e-9).all(), "or than its global one"

@@ -115,6 +115,7 @@ def judge_everything(model: nn.Module, x: Tensor, eps: Tensor, *, steps: int, un
         if not any(isinstance(module, nn.Softplus) for module in model.modules()):
             bounds += [ll.local_bounds(model, x, eps, radius=r, guarantee=g) for r in radii for g in PROOFS]
             bounds += [ll.local_bounds(model, x, eps, window=math.inf, guarantee=g) for g in PROOFS]
+            bounds += [ll.global_bounds(model, x, eps, window=w, guarantee=g) for w in (1, math.inf) for g in PROOFS]
     judge = Judge(model, x, bounds)
     features, clean = partial(features_of, model), bounds[0].features
     classes = bounds[0].logits.shape[1]

@@ -17,6 +17,7 @@ import torch
 
 from ..build_info import build_info
 from ..norms.masked_norm import GUARANTEES, check_guarantee
+from ..propagation.execution import EXECUTIONS
 from ..propagation.graph import UnsupportedModuleError
 from . import checkpoint, data, evaluation, models, report
 from .checkpoint import CheckpointError
@@ -164,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
         "certify",
         help="measure a trained network's clean, attacked and certified accuracy",
         description="Measure a trained network on the test set. Prints a table; writes certify.json and certify.png. "
-        "A run that is stopped goes on where it was when the same command is given again.",
+        "A run that is stopped goes on where it was when the same command is given again. Several processes: "
+        "torchrun --nproc-per-node N --no-python locallip certify ...",
     )
     certifier.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
     _add_model_option(certifier)
@@ -180,6 +182,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="what to certify under, one or more of estimate (no proof; always measured beside the others), "
         "probabilistic and deterministic (default: probabilistic)",
+    )
+    certifier.add_argument(
+        "--execution",
+        choices=EXECUTIONS,
+        default="real",
+        help="of which network the proofs speak: real, in real arithmetic; float64 or float32, of what it computes in "
+        "that type too (default: real)",
     )
     certifier.add_argument(
         "--failure-probability",
@@ -276,12 +285,32 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     for guarantee in arguments.guarantee:
         check_guarantee(guarantee, arguments.failure_probability)
+    with_rank = Workers()
+    try:
+        with with_rank as workers:
+            workers.connect(torch.device("cpu"))  # nothing travels but what the processes tell each other
+            measurement = _measured(arguments, command, workers)
+    except KeyboardInterrupt:
+        if with_rank.rank == 0:
+            print("Stopped. The same command goes on from what is done.")
+        return 128 + signal.SIGINT
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}; the same command goes on from what is done") from None
+    proofs = (*measurement.certified.items(), *measurement.composed.items())
+    broken = {guarantee: c.broken for guarantee, c in proofs if c.broken}
+    if with_rank.rank == 0 and set(broken) - {"estimate"}:
+        raise RefutedError(f"the attack broke samples that are proved: {broken}; this is a fault of the proof")
+    return 0
+
+
+def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Workers) -> evaluation.Measurement:
+    """By all processes together; what process 0 has printed and written."""
     path: Path = arguments.checkpoint
     if path.is_dir():
         path = path / checkpoint.CHECKPOINT_NAME
     model, stored, config = load_model(path, arguments.model)
     _check_data(stored.preset, arguments.data)
-    device = _choose_device(arguments.device)
+    device = _choose_device(arguments.device, workers.local_rank)
     eps = stored.eps if arguments.eps is None else arguments.eps
     window = stored.window if arguments.window is None else arguments.window
     name = models.spec(stored.preset).data
@@ -297,6 +326,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             "eps": eps,
             "window": window,
             "guarantees": arguments.guarantee,
+            "execution": arguments.execution,
             "failure_probability": arguments.failure_probability,
             "iterations": arguments.iterations,
             "attack_steps": arguments.attack_steps,
@@ -307,43 +337,39 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     question = {"settings": context["settings"], "seed": arguments.seed, "device": device.type}
     question |= {"checkpoint": context["checkpoint"]["sha256"], "data": context["data"], "build": build_info()}
     seed = secrets.randbits(48) if arguments.seed is None else arguments.seed
-    journal = Journal(out / "certify.partial.json", question, seed)
-    if journal.samples:
-        print(f"Going on with {journal.path}: {len(journal.samples)} samples are done.")
-    try:
-        measurement = evaluation.measure(
-            model.to(device),
-            dataset,
-            eps,
-            journal,
-            radius=stored.radius,
-            window=window,
-            guarantees=arguments.guarantee,
-            failure_probability=arguments.failure_probability,
-            iterations=arguments.iterations,
-            batch_size=arguments.batch_size,
-            limit=arguments.limit,
-            attack_steps=arguments.attack_steps,
-            proof_seed=arguments.seed,
-            quiet=not sys.stderr.isatty(),
-        )
-    except KeyboardInterrupt:
-        print(f"Stopped with {len(journal.samples)} samples done. The same command goes on from there.")
-        return 128 + signal.SIGINT
-    title = f"{stored.network}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
-    print(report.table(measurement, title))
-    context = {"command": ["locallip", *command], **context, "environment": report.environment(device)}
-    report.write_json(out / "certify.json", measurement, context)
-    if report.plot(out / "certify.png", measurement, stored.network):
-        print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
-    else:
-        print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")
+    journal = Journal(out, question, seed, workers)
+    if journal.samples and workers.rank == 0:
+        print(f"Going on: {journal.samples} samples are done.")
+    measurement = evaluation.measure(
+        model.to(device),
+        dataset,
+        eps,
+        journal,
+        radius=stored.radius,
+        window=window,
+        guarantees=arguments.guarantee,
+        execution=arguments.execution,
+        failure_probability=arguments.failure_probability,
+        iterations=arguments.iterations,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        attack_steps=arguments.attack_steps,
+        proof_seed=arguments.seed,
+        quiet=not sys.stderr.isatty(),
+    )
+    if workers.rank == 0:
+        title = f"{stored.network}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
+        print(report.table(measurement, title))
+        environment = {**report.environment(device), "processes": workers.count}
+        context = {"command": ["locallip", *command], **context, "environment": environment}
+        report.write_json(out / "certify.json", measurement, context)
+        if report.plot(out / "certify.png", measurement, stored.network):
+            print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
+        else:
+            print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")
+    workers.any(False)  # the others keep what they have until process 0 has written it all
     journal.remove()
-    proofs = (*measurement.certified.items(), *measurement.composed.items())
-    broken = {guarantee: c.broken for guarantee, c in proofs if c.broken}
-    if set(broken) - {"estimate"}:
-        raise RefutedError(f"the attack broke samples that are proved: {broken}; this is a fault of the proof")
-    return 0
+    return measurement
 
 
 def _info(arguments: argparse.Namespace, command: Sequence[str]) -> int:

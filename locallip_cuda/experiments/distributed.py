@@ -1,21 +1,32 @@
-"""The few things that data-parallel processes started by ``torchrun`` have to tell each other."""
+"""The few things that processes started by ``torchrun`` have to tell each other."""
 
 from __future__ import annotations
 
 import gc
+import json
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+# how long one process may be at work while the others wait for it; one that ends is noticed at once
+PATIENCE = timedelta(days=7)
 
 
 class Workers:
     """The processes of one run, as a context manager; a single process when ``torchrun`` did not start this one.
 
     Gradients travel over nccl on GPUs and gloo on CPUs (DistributedDataParallel). What is said here, flags and sums,
-    travels over gloo from CPU tensors in any case, so that it never waits for the GPU.
+    travels over gloo from CPU tensors in any case, so that it never waits for the GPU. ConnectionError where another
+    process has ended.
 
     Attributes:
         rank: number of this process, 0 writes files and the terminal.   local_rank: its number on this machine.
@@ -28,12 +39,15 @@ class Workers:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if self.started_by_torchrun else 0
         self.count = int(os.environ["WORLD_SIZE"]) if self.started_by_torchrun else 1
         self._control: dist.ProcessGroup | None = None
+        self._store: Any = dist.HashStore()  # type: ignore[attr-defined]
 
     def connect(self, device: torch.device) -> None:
         """Join the other processes; ``device`` decides how gradients travel. Does nothing for a single process."""
         if self.count > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            self._control = dist.new_group(backend="gloo")
+            self._store, rank, count = next(rendezvous("env://"))
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=count)
+            self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def __enter__(self) -> Workers:
         return self
@@ -52,11 +66,19 @@ class Workers:
         dist.destroy_process_group()
         gc.collect()
 
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # whatever gloo or the store have to say
+            raise ConnectionError(f"another of the {self.count} processes has ended ({error})") from error
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum of ``value`` over all processes, on the CPU; all of them call this together."""
         value = value.detach().cpu().clone()
         if self._control is not None:
-            dist.all_reduce(value, group=self._control)
+            with self._hearing():
+                dist.all_reduce(value, group=self._control)
         return value
 
     def any(self, flag: bool) -> bool:
@@ -69,5 +91,29 @@ class Workers:
         if self._control is None:
             return [value]
         parts = [torch.empty_like(value) for _ in range(self.count)]
-        dist.all_gather(parts, value, group=self._control)
+        with self._hearing():
+            dist.all_gather(parts, value, group=self._control)
         return parts
+
+    def share(self, value: Any) -> list[Any]:
+        """``value``, anything that JSON has, as JSON gives it back, from each process in order of rank."""
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self.gather(torch.tensor(len(data)))]
+        parts = self.gather(torch.cat([data, data.new_zeros(max(sizes) - len(data))]))
+        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def count_up(self, name: str, by: int) -> int:
+        """What ``name``, 0 at first, has come to with ``by`` added, over all processes; waits for none of them."""
+        with self._hearing():
+            return int(self._store.add(f"locallip/{name}", by))
+
+    def wait(self, meanwhile: Callable[[], None]) -> None:
+        """Until all processes have come here; ``meanwhile`` is called now and then."""
+        if self._control is None:
+            return
+        with self._hearing():
+            work = dist.barrier(group=self._control, async_op=True)
+            while not work.is_completed():
+                meanwhile()
+                time.sleep(0.1)
+            work.wait()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attack import pgd
-from ..bounds import LocalBounds, local_bounds
+from ..bounds import LocalBounds, global_bounds, local_bounds
 from ..norms.masked_norm import check_guarantee, stated_failure_probability
 from ..propagation.composition import check_window
+from ..propagation.global_proof import ProvedNorms
 from ..propagation.graph import lowered, traced
 from ..propagation.proof import check_provable
 from .data import Dataset
@@ -39,7 +41,9 @@ class Certified:
             certifies: with the same boxes and no norm below the estimate's but for rounding it fails on the others.
             Where they grow by global norms the estimate takes looser row norms, the paper's, and a proof is tried on
             all correct ones.
-        seconds: time it took for those.
+        by_global: how many of those the proved global bound certifies, by the norms of the window: it comes first, and
+            what it certifies is put to no other.
+        seconds: time it took for those, summed over the processes. That of the global bound counts with the product.
         failure_probability: of the statement on one sample; 1 for an estimate, which states nothing, and for a proof
             whose random vectors were given by a seed.
         broken: samples certified that the attack misclassifies nevertheless; above 0 this refutes the guarantee.
@@ -49,6 +53,7 @@ class Certified:
 
     accuracy: float
     tried: int
+    by_global: int
     seconds: float
     failure_probability: float
     broken: int
@@ -62,8 +67,9 @@ class Measurement:
     Attributes:
         clean, attacked: accuracy without attack, and under projected gradient descent within the radius.
         window: how many maps in a row were composed in ``composed``; 1 for none.
-        certified: what each guarantee gave, with the local Lipschitz bound as a product of norms; "estimate" is always
-            there.
+        execution: "real", or the type in which the proofs speak of what ``model(x)`` computes, too.
+        certified: what each guarantee gave, with the local Lipschitz bound as a product of norms, on samples that its
+            estimate certifies; "estimate" is always there.
         composed: the same with composed norms, which were tried on samples that the product did not certify, and count
             those that it did. Empty where ``window`` is 1.
         certified_global_estimate: certified accuracy with the global Lipschitz bound.
@@ -72,12 +78,12 @@ class Measurement:
         lipschitz_global_estimate: the global one.
         curve_estimate: rows (radius, certified accuracy with the local bound, with the global bound).
         curve_composed: certified accuracy with composed norms at the same radii, an estimate too; empty for none.
-        seconds: time each stage took.
+        seconds: time each stage took, summed over the processes that worked on it, in all runs.
         seed: of the random vectors of the attack.
         proof_seed: of those of the proofs, if it was given; it voids the probabilistic guarantee.
         per_sample: index, label, prediction (of `model(x)`, as the clean accuracy counts), whether the attack failed,
             largest radius of the curve certified by the estimate, with composed norms too, and under "guarantees" and
-            "composed", for every guarantee tried,
+            "composed", for every guarantee tried, the bound that decided ("global", "product" or "composed"), its
             margin of the label, Lipschitz constant, verdict, and the prediction that it speaks of: a proof's is that of
             the network in real arithmetic.
     """
@@ -85,6 +91,7 @@ class Measurement:
     samples: int
     eps: float
     window: int
+    execution: str
     clean: float
     attacked: float
     certified: dict[str, Certified]
@@ -124,13 +131,15 @@ class _Batch:
 
 
 class _Found:
-    """What bounds say of a batch with the labels ``y``."""
+    """What a bound says of a batch with the labels ``y``."""
 
-    def __init__(self, bounds: LocalBounds, y: Tensor) -> None:
+    def __init__(self, name: str, bounds: LocalBounds, y: Tensor) -> None:
+        self.name = name
         self.margin, self.lipschitz, self.prediction = bounds.margin(y), bounds.lipschitz, bounds.logits.argmax(1)
 
     def verdict(self, i: int, certified: Tensor) -> dict[str, Any]:
         return {
+            "bound": self.name,
             "certified": bool(certified[i]),
             "margin": float(self.margin[i]),
             "lipschitz": float(self.lipschitz[i]),
@@ -148,6 +157,7 @@ class _Examiner:
         radius: Literal["local", "global"],
         window: int,
         proofs: Sequence[str],
+        execution: str,
         failure_probability: float,
         iterations: int,
         attack_steps: int,
@@ -157,9 +167,10 @@ class _Examiner:
         bar: Any,
     ) -> None:
         self.model, self.eps, self.radius, self.proofs = model, eps, radius, proofs
-        self.window = window
+        self.window, self.execution = window, execution
         self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
         self.seed, self.proof_seed, self.seconds, self.bar = seed, proof_seed, seconds, bar
+        self.global_norms = ProvedNorms()
 
     def __call__(self, batch: _Batch) -> list[dict[str, Any]]:
         x, y = batch.x, batch.y
@@ -195,29 +206,47 @@ class _Examiner:
             }
             for i in range(len(y))
         ]
-        candidates = certified if self.radius == "local" else correct
-        for guarantee in self.proofs:
-            self._prove(found, x, y, candidates, guarantee)
         if self.window > 1:
             for i in range(len(y)):
                 found[i] |= {"curve_composed": float(far[i]), "composed": {}}
             for k, i in enumerate(left.nonzero()[:, 0].tolist()):
                 found[i]["composed"]["estimate"] = composed.verdict(k, composed.margin > 0)
-            for guarantee in self.proofs:
-                done = [found[i]["guarantees"].get(guarantee, {}).get("certified", False) for i in range(len(y))]
-                rest = certified_composed & ~torch.tensor(done, device=y.device)
-                self._prove(found, x, y, rest, guarantee, self.window)
+        candidates = certified if self.radius == "local" else correct
+        for guarantee in self.proofs:
+            self._prove(found, x, y, guarantee, candidates, candidates | certified_composed)
         return found
 
     def _prove(
-        self, found: list[dict[str, Any]], x: Tensor, y: Tensor, candidates: Tensor, guarantee: str, window: int = 1
+        self,
+        found: list[dict[str, Any]],
+        x: Tensor,
+        y: Tensor,
+        guarantee: str,
+        candidates: Tensor,
+        all_candidates: Tensor,
     ) -> None:
-        """The verdicts on ``candidates`` into ``found``."""
-        for part in torch.split(candidates.nonzero()[:, 0], PROOF_BATCH):
-            with self._stage(guarantee if window == 1 else f"composed {guarantee}", x):
-                proof = self._proved(x[part], y[part], guarantee, window)
-            for k, i in enumerate(part.tolist()):
-                found[i]["guarantees" if window == 1 else "composed"][guarantee] = proof.verdict(k, proof.margin > 0)
+        """The verdicts into ``found``: by the global bound, by the product on what that leaves of ``candidates``, by
+        composed norms on what is left of all. The global one counts where the next one would have."""
+        left = all_candidates.clone()
+
+        def judge(samples: Tensor, stage: str, bound: Callable[[Tensor, Tensor], _Found], *, final: bool) -> None:
+            with self._stage(stage, x):
+                proof = bound(x[samples], y[samples])
+            sure = proof.margin > 0
+            left[samples] = ~sure
+            for k, i in enumerate(samples.tolist()):
+                if final or sure[k]:
+                    how = "guarantees" if candidates[i] and proof.name != "composed" else "composed"
+                    found[i][how][guarantee] = proof.verdict(k, sure)
+
+        if left.any():
+            whole = partial(self._proved_globally, guarantee)
+            judge(left.nonzero()[:, 0], f"global {guarantee}", whole, final=False)
+        local = [(candidates, 1, guarantee), (all_candidates, self.window, f"composed {guarantee}")]
+        for tried, window, stage in local[: 1 if self.window == 1 else 2]:
+            for part in torch.split((left & tried).nonzero()[:, 0], PROOF_BATCH):
+                if len(part):
+                    judge(part, stage, partial(self._proved, guarantee, window), final=True)
 
     @contextmanager
     def _stage(self, name: str, x: Tensor) -> Iterator[None]:
@@ -231,21 +260,23 @@ class _Examiner:
     @torch.no_grad()
     def _estimated(self, x: Tensor, y: Tensor, eps: float, window: int = 1) -> _Found:
         bounds = local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations, window=window)
-        return _Found(bounds, y)
+        return _Found("product" if window == 1 else "composed", bounds, y)
 
-    def _proved(self, x: Tensor, y: Tensor, guarantee: str, window: int) -> _Found:
-        bounds = local_bounds(
-            self.model,
-            x,
-            self.eps,
-            radius=self.radius,
-            guarantee=guarantee,
-            # a sample may be put to two proofs, and certified by either
-            failure_probability=self.failure_probability / (1 if self.window == 1 else 2),
-            seed=self.proof_seed if guarantee == "probabilistic" else None,
-            window=window,
-        )
-        return _Found(bounds, y)
+    def _worth(self, guarantee: str) -> dict[str, Any]:
+        """Of each proof that a sample may be put to: the global bound, the product, composed norms."""
+        share = self.failure_probability / (2 if self.window == 1 else 3)
+        seed = self.proof_seed if guarantee == "probabilistic" else None
+        return {"guarantee": guarantee, "failure_probability": share, "seed": seed, "execution": self.execution}
+
+    def _proved_globally(self, guarantee: str, x: Tensor, y: Tensor) -> _Found:
+        worth, norms = self._worth(guarantee), self.global_norms
+        bounds = global_bounds(self.model, x, self.eps, **worth, norms=norms, window=self.window)
+        return _Found("global", bounds, y)
+
+    def _proved(self, guarantee: str, window: int, x: Tensor, y: Tensor) -> _Found:
+        worth = self._worth(guarantee)
+        bounds = local_bounds(self.model, x, self.eps, radius=self.radius, **worth, window=window)
+        return _Found("product" if window == 1 else "composed", bounds, y)
 
     def _reach(self, x: Tensor, y: Tensor, correct: Tensor, certified: Tensor, window: int = 1) -> Tensor:
         """The largest factor of CURVE at which each sample is certified by the estimate, -1 where it is misclassified.
@@ -282,6 +313,7 @@ def measure(
     radius: Literal["local", "global"] = "local",
     window: int = 1,
     guarantees: Sequence[str] = (),
+    execution: str = "real",
     failure_probability: float = 1e-9,
     iterations: int = 50,
     batch_size: int = 64,
@@ -292,14 +324,19 @@ def measure(
 ) -> Measurement:
     """Measure ``model`` on the first ``limit`` samples of ``dataset`` (all by default) at l2 radius ``eps``.
 
+    All processes of ``journal.workers`` call this together: each takes the next batch that none has taken. What a
+    sample gives depends on its batch and the seeds, and not on the process, so that all of them return the same.
+
     journal: what is done already, and where results are kept, batch by batch; its seed is the attack's.
     radius: how the local bound grows its boxes, see :func:`locallip_cuda.local_bounds`.   window: how many maps in a
     row are composed, beside the product of norms; 1 for none.   guarantees: those to prove,
-    beside the estimate.   failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
+    beside the estimate.   execution: of what the proofs speak, as for :func:`locallip_cuda.local_bounds`.
+    failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
     estimated norms.   attack_steps: steps of size eps / 4.   proof_seed: repeats the proofs' random vectors, and voids
     the probabilistic guarantee.
 
-    ValueError for bad numbers; UnsupportedModuleError for a network without bounds, or without the proof asked for.
+    ConnectionError where another process ended; what is done is kept. ValueError for bad numbers;
+    UnsupportedModuleError for a network without bounds, or without the proof asked for.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("iterations", iterations, 1), ("limit", limit, 1)):
         if value is not None and value < least:
@@ -317,51 +354,76 @@ def measure(
     trace = traced(model, one)
     if proofs:
         check_provable(model, trace, lowered(trace, torch.float64))
-    count, seconds = len(dataset), journal.seconds
-    with tqdm(total=count, unit="sample", leave=False, disable=quiet, dynamic_ncols=True) as bar:
+    count, workers = len(dataset), journal.workers
+    batches = [list(range(first, min(first + batch_size, count))) for first in range(0, count, batch_size)]
+    left = [indices for indices in batches if len(journal.batches.get(indices[0], ())) < len(indices)]
+    done = count - sum(map(len, left))
+    with tqdm(
+        total=count, initial=done, unit="sample", leave=False, disable=quiet or workers.rank > 0, dynamic_ncols=True
+    ) as bar:
         examine = _Examiner(
             model,
             eps,
             radius,
             window,
             proofs,
+            execution,
             failure_probability,
             iterations,
             attack_steps,
             journal.seed,
             proof_seed,
-            seconds,
+            journal.seconds,
             bar,
         )
-        for first in range(0, count, batch_size):
-            indices = list(range(first, min(first + batch_size, count)))
-            if not all(i in journal.samples for i in indices):
-                found = examine(_Batch(indices, *dataset.batch(torch.tensor(indices), device)))
-                journal.samples.update(zip(indices, found, strict=True))
-                journal.save()
-            bar.update(len(indices))
+
+        def show(more: int = 0) -> None:
+            bar.update(done + workers.count_up("samples", more) - bar.n)
+
+        while (taken := workers.count_up("batches", 1) - 1) < len(left):
+            indices = left[taken]
+            journal.batches[indices[0]] = examine(_Batch(indices, *dataset.batch(torch.tensor(indices), device)))
+            journal.save()
+            show(len(indices))
+        workers.wait(show)
+    seconds = journal.merged()
+    results = [
+        {"index": i, **result} for own in batches for i, result in zip(own, journal.batches[own[0]], strict=False)
+    ]
     with torch.no_grad():
         started = time.perf_counter()
         first_bounds = local_bounds(model, one, eps, radius=radius, iterations=iterations)
         lipschitz_global = float(first_bounds.global_lipschitz)
         seconds["global bound"] = time.perf_counter() - started
     return _summary(
-        journal, count, eps, window, proofs, failure_probability, proof_seed, first_bounds.last_weight, lipschitz_global
+        results,
+        journal.seed,
+        seconds,
+        eps,
+        window,
+        execution,
+        proofs,
+        failure_probability,
+        proof_seed,
+        first_bounds.last_weight,
+        lipschitz_global,
     )
 
 
 def _summary(
-    journal: Journal,
-    count: int,
+    results: list[dict[str, Any]],
+    seed: int,
+    seconds: dict[str, float],
     eps: float,
     window: int,
+    execution: str,
     proofs: Sequence[str],
     failure_probability: float,
     proof_seed: int | None,
     last_weight: Tensor,
     lipschitz_global: float,
 ) -> Measurement:
-    results = [{"index": i, **journal.samples[i]} for i in range(count)]
+    count = len(results)
     logits = torch.tensor([r.pop("logits") for r in results])
     labels = torch.tensor([r["label"] for r in results])
     radii = global_radius(logits, labels, last_weight.detach().cpu(), lipschitz_global)
@@ -375,11 +437,12 @@ def _summary(
         tried = [r for r in results if guarantee in r[how]]
         ways = {"guarantees", how}
         yes = [r for r in results if any(r[way].get(guarantee, {}).get("certified") for way in ways)]
-        stage = guarantee if how == "guarantees" else f"composed {guarantee}"
+        stages = [guarantee, f"global {guarantee}"] if how == "guarantees" else [f"composed {guarantee}"]
         return Certified(
             accuracy=len(yes) / count,
             tried=len(tried),
-            seconds=journal.seconds.get(stage, 0.0),
+            by_global=sum(r[how][guarantee]["bound"] == "global" for r in tried),
+            seconds=sum(seconds.get(stage, 0.0) for stage in stages),
             failure_probability=stated_failure_probability(guarantee, failure_probability, proof_seed),
             broken=sum(not r["attack_failed"] for r in yes),
             other_class=sum(r[how][guarantee]["prediction"] != r["prediction"] for r in tried),
@@ -393,6 +456,7 @@ def _summary(
         clean=share(correct),
         attacked=sum(r["attack_failed"] for r in results) / count,
         window=window,
+        execution=execution,
         certified={guarantee: certified(guarantee) for guarantee in ("estimate", *proofs)},
         composed={guarantee: certified(guarantee, "composed") for guarantee in ("estimate", *proofs) if window > 1},
         certified_global_estimate=share(correct & (radii > eps)),
@@ -400,8 +464,8 @@ def _summary(
         lipschitz_global_estimate=lipschitz_global,
         curve_estimate=[(f * eps, share(correct & (reach >= f)), share(correct & (radii > f * eps))) for f in CURVE],
         curve_composed=[] if far is None else [share(correct & (far >= f)) for f in CURVE],
-        seconds=dict(journal.seconds),
-        seed=journal.seed,
+        seconds=seconds,
+        seed=seed,
         proof_seed=proof_seed,
         per_sample=results,
     )

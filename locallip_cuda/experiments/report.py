@@ -17,7 +17,7 @@ import torch
 from ..build_info import build_info
 from .checkpoint import write_atomically
 from .data import Dataset
-from .evaluation import Measurement
+from .evaluation import Certified, Measurement
 
 CAVEAT = {
     "estimate": (
@@ -25,10 +25,10 @@ CAVEAT = {
         "arithmetic is rounded: these figures may be too high."
     ),
     "probabilistic": (
-        "probabilistic: proved for the network in real arithmetic with its weights as stored, but for a failure of "
-        "probability {failure_probability:g} a sample."
+        "probabilistic: proved for the network in real arithmetic with its weights as stored{execution}, but for a "
+        "failure of probability {failure_probability:g} a sample."
     ),
-    "deterministic": "deterministic: proved for the network in real arithmetic with its weights as stored.",
+    "deterministic": "deterministic: proved for the network in real arithmetic with its weights as stored{execution}.",
 }
 VOID = (
     "probabilistic, void: its random vectors follow from the seed {seed}; nothing is promised against whoever knew it."
@@ -41,7 +41,9 @@ def caveats(measurement: Measurement) -> list[str]:
     for name, c in (*measurement.certified.items(), *measurement.composed.items()):
         void = name == "probabilistic" and measurement.proof_seed is not None
         text = VOID.format(seed=measurement.proof_seed) if void else CAVEAT[name]
-        text = text.format(failure_probability=c.failure_probability)
+        runs = measurement.execution
+        of = "" if runs == "real" else f" and for what it computes in {runs}, as docs/guarantees.md assumes it to run"
+        text = text.format(failure_probability=c.failure_probability, execution=of)
         lines += [] if text in lines else [text]
         if c.other_class:
             lines.append(
@@ -64,11 +66,13 @@ def table(measurement: Measurement, title: str) -> str:
         price = "" if name == "estimate" else f"{100 * (c.accuracy - estimate):+.2f} points"
         each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
         rows.append((f"certified ({name}), local bound", f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
+        rows += _by_global(c, m.samples)
     for name, c in m.composed.items():
         price = f"{100 * (c.accuracy - estimate):+.2f} points"
         each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
         label = f"certified ({name}), local bound, {windowed(m.window)}"
         rows.append((label, f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
+        rows += _by_global(c, m.samples)
     broken = sum(c.broken for c in (*m.certified.values(), *m.composed.values()))
     rows += [
         (
@@ -89,6 +93,10 @@ def table(measurement: Measurement, title: str) -> str:
     rule = "-" * max(map(len, lines))
     notes = [textwrap.fill(text, max(len(rule), 72), subsequent_indent="  ") for text in caveats(m)]
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *notes])
+
+
+def _by_global(c: Certified, samples: int) -> list[tuple[str, str, str, str, str]]:
+    return [("    decided by the global bound", f"{c.by_global / samples:.2%}", "", "", "")] if c.by_global else []
 
 
 def windowed(window: int) -> str:

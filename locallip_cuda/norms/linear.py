@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -609,6 +610,21 @@ def _times(number: int, linear: LinearMap) -> LinearMap:
     like = linear.like
     factor = torch.full((1,), float(number), dtype=like.dtype, device=like.device)
     return Composed([linear, Scaling(factor, linear.output_sizes)])
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two maps, or what they are made of, are alike in every number and setting."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, Tensor):
+        return first.dtype == second.dtype and first.device == second.device and torch.equal(first, second)
+    if isinstance(first, LinearMap):
+        # what a function of a rearrangement does is in its choice of the inputs
+        own, other = ({k: v for k, v in vars(each).items() if k != "function"} for each in (first, second))
+        return own.keys() == other.keys() and all(same(own[k], other[k]) for k in own)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
 
 
 def _is_of_a_proof(x: Tensor) -> bool:

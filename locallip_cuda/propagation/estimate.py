@@ -52,7 +52,7 @@ class Estimate(Pass[Fact]):
     """Masked norms of ``iterations``, from the global singular vectors, or those of ``kept`` with the labels ``y``."""
 
     rounded = staticmethod(_unchanged)
-    masked, least_unmasked = True, GLOBAL_ITERATIONS
+    least_unmasked = GLOBAL_ITERATIONS
 
     def __init__(
         self,

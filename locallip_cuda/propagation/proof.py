@@ -143,7 +143,7 @@ def row_norms(term: Term, columns: Tensor) -> Tensor:
     return found
 
 
-def computed_input(term: Term, fact: Fact, columns: Tensor, of_rows: Tensor) -> Input:
+def _computed_input(term: Term, fact: Fact, columns: Tensor, of_rows: Tensor) -> Input:
     """Of a fact with what runs beside it; of_rows: :func:`row_norms` for ``columns``."""
     assert fact.computed is not None
     sizes = of_rows if term.linear is term.parts else rows_of_sizes(term, columns)
@@ -198,6 +198,22 @@ class Rounded:
             return least, most
         low, high = (SMOOTH_ERROR * UNIT * (1 + value.abs()) + TINY for value in (least, most))
         return least - low, most + high
+
+    def clean(self, values: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """What float64 makes of clean values, and how far from it the image of a real one within ``error`` can be."""
+        black_box = isinstance(self.activation, Lipschitz)
+        least, most = self.interval(*((values, values) if black_box else _end_points(values, error)))
+        found = self(values)  # the middle would drift with the error
+        off = torch.maximum(up(most - found), up(found - least))
+        if black_box:
+            moved = up(error.flatten(1).square().sum(1) * (1 + gamma(error[0].numel() + 8)) + TINY).sqrt()
+            off = up(off + _column(up(up(moved) * self.activation.lipschitz), off))
+        return found, off
+
+    def largest(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """At least the size of any value between ``lower`` and ``upper``."""
+        least, most = self.interval(lower, upper)
+        return torch.maximum(least.abs(), most.abs())
 
     def varying(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row mask, column mask, and the two sparsity terms (B, 2) of :func:`locallip_cuda.losses.sparsity`."""
@@ -309,18 +325,7 @@ class Proof(Pass[Fact]):
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
         rounded, terms = Rounded(layer.activation), layer.terms
         values, error = affine(terms, layer, [(fact.values, fact.error) for fact in facts])
-        reach: Tensor | None = None
-        inputs: list[Input] = []
-        for term, fact in zip(terms, facts, strict=True):
-            considered = fact.values.new_ones(1, *fact.values.shape[1:])
-            if fact.columns is not None and self.local:
-                considered = fact.columns.double()
-            of_rows = row_norms(term, considered)
-            own = up(_column(fact.radius, values) * of_rows)
-            reach = own if reach is None else up(reach + own)
-            if fact.computed is not None:
-                inputs.append(computed_input(term, fact, considered, of_rows))
-        assert reach is not None
+        reach, inputs = self.reach(terms, facts)
         lower, upper = _end_points(values, up(reach + error))
         if any(fact.centre is not None for fact in facts):
             box = _end_points(*affine(terms, layer, [fact.box() for fact in facts]))
@@ -331,16 +336,9 @@ class Proof(Pass[Fact]):
             wide = widened(lower, upper, apart)
         rows, columns, slack = rounded.varying(*wide)
         black_box = isinstance(layer.activation, Lipschitz)
-        least, most = rounded.interval(*((values, values) if black_box else _end_points(values, error)))
-        off = error
-        values = rounded(values)  # what float64 makes of it: the middle would drift with the error
-        error = torch.maximum(up(most - values), up(values - least))
-        if isinstance(layer.activation, Lipschitz):
-            moved = up(off.flatten(1).square().sum(1) * (1 + gamma(off[0].numel() + 8)) + TINY).sqrt()
-            error = up(error + _column(up(up(moved) * layer.activation.lipschitz), error))
-            centre, half_width = values, error  # and the radius, below
-        else:
-            centre, half_width = _centred(*rounded.interval(lower, upper))
+        values, error = rounded.clean(values, error)
+        # of a black box, and the radius, below
+        centre, half_width = (values, error) if black_box else _centred(*rounded.interval(lower, upper))
         if not self.local and layer.activation.kind == "clipped_maxmin":
             rows = torch.ones_like(rows)  # the paper removes none
         norms = [self._norm(layer.path, t, rows, fact.columns, fact) for t, fact in zip(terms, facts, strict=True)]
@@ -348,7 +346,7 @@ class Proof(Pass[Fact]):
         if not self.local:
             growth = [self._whole(layer.path, t, fact) for t, fact in zip(terms, facts, strict=True)]
         if self.window > 1 and len(terms) == 1:
-            self.stages[layer] = _stage(terms[0], norms[0], len(rows))
+            self.stages[layer] = stage_of(terms[0], norms[0], len(rows))
         varying = [fact.columns for fact in facts]
         radius = self.radius(layer, [fact.radius for fact in facts], varying, growth, rows)
         self.record(layer, varying, norms, rows, columns, slack)
@@ -356,11 +354,25 @@ class Proof(Pass[Fact]):
             half_width = up(half_width + _column(radius, half_width))
         computed = None
         if running is not None:
-            least, most = (values, values) if black_box else rounded.interval(*wide)
-            largest = torch.maximum(least.abs(), most.abs())
-            largest = up(largest + half_width) if black_box else largest
+            largest = rounded.largest(*wide) if not black_box else up(values.abs() + half_width)
             computed = running.closed(layer, inputs, norms, eta, apart, rows, columns, largest)
         return Fact(values, error, centre, half_width, radius, columns, computed)
+
+    def reach(self, terms: Sequence[Term], facts: Sequence[Fact]) -> tuple[Tensor, list[Input]]:
+        """(B, *) how far the ball lets each number of an affine value move; and what runs beside it is of."""
+        reach: Tensor | None = None
+        inputs: list[Input] = []
+        for term, fact in zip(terms, facts, strict=True):
+            considered = fact.values.new_ones(1, *fact.values.shape[1:])
+            if fact.columns is not None and self.local:
+                considered = fact.columns.double()
+            of_rows = row_norms(term, considered)
+            own = up(_column(fact.radius, of_rows) * of_rows)
+            reach = own if reach is None else up(reach + own)
+            if fact.computed is not None:
+                inputs.append(_computed_input(term, fact, considered, of_rows))
+        assert reach is not None
+        return reach, inputs
 
     @property
     def execution(self) -> str:
@@ -368,13 +380,10 @@ class Proof(Pass[Fact]):
 
     def head_apart(self, head: Layer, facts: Sequence[Fact]) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """(B, K) what the last layer's rounding does to the logits, and how far they are from the real ones."""
-        running, inputs = self.running, []
+        running = self.running
         if running is None:
             return None, None
-        for term, fact in zip(head.terms, facts, strict=True):
-            columns = torch.ones_like(fact.values) if fact.columns is None else fact.columns.double()
-            inputs.append(computed_input(term, fact, columns, row_norms(term, columns)))
-        found = running.affine(head, inputs)
+        found = running.affine(head, self.reach(head.terms, facts)[1])
         within = running.within.unsqueeze(1)
         eta, apart = (torch.where(within & ~t.isnan(), t, torch.inf) for t in found)
         return eta, apart
@@ -386,7 +395,7 @@ class Proof(Pass[Fact]):
     def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
         [term] = layer.terms
         whole = None if isinstance(term.linear, Identity) else self._proved(layer.path, term, None, None, 1)
-        self.unmasked_stages[layer] = _stage(term, whole, 1)
+        self.unmasked_stages[layer] = stage_of(term, whole, 1)
         all_rows = self.rows[layer].new_ones(1, *layer.sizes)
         found = []
         for chain in own:
@@ -449,7 +458,8 @@ def _is_computed(term: Term) -> bool:
     return term.linear is not term.parts or term.parts.roundings > 0
 
 
-def _stage(term: Term, norm: Tensor | None, batch: int) -> Stage:
+def stage_of(term: Term, norm: Tensor | None, batch: int) -> Stage:
+    """Of a chain, with its norm (B,) or (1,), None for 1."""
     absolute = absolute_norm(term.parts, None, None, 1)
     if _is_computed(term):
         absolute = up(absolute * (1 + 2 * _folding(term)))

@@ -59,8 +59,10 @@ class Pass(ABC, Generic[Fact]):
 
     local: whether the radius grows by masked norms; else by global ones, as in the paper.
     window: how many maps in a row are composed before a norm is taken, at most.
+    masked: whether rows and columns go before norms are taken.
     """
 
+    masked = True
     rounded: Callable[[Tensor], Tensor]
 
     def __init__(self, *, local: bool, window: float = 1) -> None:
