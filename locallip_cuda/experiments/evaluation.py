@@ -20,6 +20,7 @@ from ..propagation.graph import lowered, traced
 from ..propagation.proof import check_provable
 from .data import Dataset
 from .journal import Journal
+from .witness import Recorder
 
 # The curve of certified accuracy is sampled at these multiples of the radius.
 CURVE = tuple(k / 4 for k in range(9))
@@ -155,7 +156,9 @@ class _Examiner:
         proof_seed: int | None,
         seconds: dict[str, float],
         bar: Any,
+        witness: Recorder | None,
     ) -> None:
+        self.witness = witness
         self.model, self.eps, self.radius, self.proofs = model, eps, radius, proofs
         self.window = window
         self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
@@ -197,7 +200,7 @@ class _Examiner:
         ]
         candidates = certified if self.radius == "local" else correct
         for guarantee in self.proofs:
-            self._prove(found, x, y, candidates, guarantee)
+            self._prove(found, batch, candidates, guarantee)
         if self.window > 1:
             for i in range(len(y)):
                 found[i] |= {"curve_composed": float(far[i]), "composed": {}}
@@ -206,16 +209,20 @@ class _Examiner:
             for guarantee in self.proofs:
                 done = [found[i]["guarantees"].get(guarantee, {}).get("certified", False) for i in range(len(y))]
                 rest = certified_composed & ~torch.tensor(done, device=y.device)
-                self._prove(found, x, y, rest, guarantee, self.window)
+                self._prove(found, batch, rest, guarantee, self.window)
         return found
 
     def _prove(
-        self, found: list[dict[str, Any]], x: Tensor, y: Tensor, candidates: Tensor, guarantee: str, window: int = 1
+        self, found: list[dict[str, Any]], batch: _Batch, candidates: Tensor, guarantee: str, window: int = 1
     ) -> None:
         """The verdicts on ``candidates`` into ``found``."""
         for part in torch.split(candidates.nonzero()[:, 0], PROOF_BATCH):
+            x, y = batch.x[part], batch.y[part]
             with self._stage(guarantee if window == 1 else f"composed {guarantee}", x):
-                proof = self._proved(x[part], y[part], guarantee, window)
+                bounds = self._proved(x, guarantee, window)
+                proof = _Found(bounds, y)
+            if self.witness is not None and guarantee == "deterministic" and window == 1:
+                self.witness.keep([batch.indices[i] for i in part.tolist()], x, y, bounds)
             for k, i in enumerate(part.tolist()):
                 found[i]["guarantees" if window == 1 else "composed"][guarantee] = proof.verdict(k, proof.margin > 0)
 
@@ -233,8 +240,8 @@ class _Examiner:
         bounds = local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations, window=window)
         return _Found(bounds, y)
 
-    def _proved(self, x: Tensor, y: Tensor, guarantee: str, window: int) -> _Found:
-        bounds = local_bounds(
+    def _proved(self, x: Tensor, guarantee: str, window: int) -> LocalBounds:
+        return local_bounds(
             self.model,
             x,
             self.eps,
@@ -245,7 +252,6 @@ class _Examiner:
             seed=self.proof_seed if guarantee == "probabilistic" else None,
             window=window,
         )
-        return _Found(bounds, y)
 
     def _reach(self, x: Tensor, y: Tensor, correct: Tensor, certified: Tensor, window: int = 1) -> Tensor:
         """The largest factor of CURVE at which each sample is certified by the estimate, -1 where it is misclassified.
@@ -288,6 +294,7 @@ def measure(
     limit: int | None = None,
     attack_steps: int = 100,
     proof_seed: int | None = None,
+    witness: Recorder | None = None,
     quiet: bool = True,
 ) -> Measurement:
     """Measure ``model`` on the first ``limit`` samples of ``dataset`` (all by default) at l2 radius ``eps``.
@@ -297,7 +304,7 @@ def measure(
     row are composed, beside the product of norms; 1 for none.   guarantees: those to prove,
     beside the estimate.   failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
     estimated norms.   attack_steps: steps of size eps / 4.   proof_seed: repeats the proofs' random vectors, and voids
-    the probabilistic guarantee.
+    the probabilistic guarantee.   witness: what takes down the deterministic proofs by the product of norms.
 
     ValueError for bad numbers; UnsupportedModuleError for a network without bounds, or without the proof asked for.
     """
@@ -332,6 +339,7 @@ def measure(
             proof_seed,
             seconds,
             bar,
+            witness,
         )
         for first in range(0, count, batch_size):
             indices = list(range(first, min(first + batch_size, count)))
