@@ -226,7 +226,9 @@ def _parser() -> argparse.ArgumentParser:
         "numbers, without what made them. Prints a table; writes FILE.audit.json. Exits with 0 only where all are "
         "confirmed. Slow: seconds to minutes a sample.",
     )
-    auditor.add_argument("file", type=Path, metavar="FILE", help="what `locallip certify --save` wrote")
+    auditor.add_argument(
+        "file", type=Path, metavar="FILE", help="what `locallip certify --save` wrote, or the folder it is in"
+    )
     auditor.add_argument(
         "--checkpoint", type=Path, metavar="RUN", help="a checkpoint, or the folder of a run (default: beside FILE)"
     )
@@ -392,7 +394,7 @@ def _audit(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         from . import audit
     except ImportError as error:
         raise ImportError(f"{error}; an audit needs: pip install 'locallip-cuda[audit]'") from error
-    file: Path = arguments.file
+    file: Path = arguments.file / witness.NAME if arguments.file.is_dir() else arguments.file
     read = witness.read(file)
     path = _checkpoint(arguments.checkpoint or file.parent)
     model, stored, _ = load_model(path, arguments.model)

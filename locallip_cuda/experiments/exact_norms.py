@@ -63,6 +63,8 @@ def examined(matrix: Matrix, bound: float) -> Finding:
 
     ValueError for an entry that float32 has not.
     """
+    if (matrix.data.astype(np.float32) != matrix.data).any():
+        raise ValueError("matrix: got entries that float32 has not, want float32 numbers")
     rows = _without_empty(matrix)
     columns = _without_empty(rows.T.tocsr())
     a = columns if columns.shape[0] < rows.shape[0] else columns.T.tocsr()
@@ -145,19 +147,16 @@ def _is_proof(blocks: Sequence[Matrix], bound: float, factor: Sequence[tuple[_Fl
 def _whole(values: _Floats, exponent: int) -> fmpz_mat:
     """(values 2^exponent), rounded."""
     rows, columns = values.shape
-    return fmpz_mat(rows, columns, [int(v) for v in np.rint(np.ldexp(values, exponent)).ravel().tolist()])
+    scaled = np.rint(np.ldexp(values, exponent)).ravel()
+    fits = np.abs(scaled).max(initial=0.0) < 2.0**62  # numpy makes ints of those, faster
+    return fmpz_mat(rows, columns, scaled.astype(np.int64).tolist() if fits else [int(v) for v in scaled.tolist()])
 
 
 def _gram(a: Matrix, b: Matrix, exponent: int) -> fmpz_mat:
     """a b^T 4^exponent, exactly."""
-    met = np.unique(b.indices)  # the other columns of b are 0
-    parts = []
-    for matrix in (a, b):
-        values = matrix[:, met].toarray()
-        if (values.astype(np.float32) != values).any():
-            raise ValueError("matrix: got entries that float32 has not")
-        parts.append(_whole(values, exponent))
-    return parts[0] * parts[1].transpose()
+    met = np.intersect1d(a.indices, b.indices)  # in the other columns one of them is 0
+    left = _whole(a[:, met].toarray(), exponent)
+    return left * (left if a is b else _whole(b[:, met].toarray(), exponent)).transpose()
 
 
 def _sizes(matrix: fmpz_mat) -> list[int]:

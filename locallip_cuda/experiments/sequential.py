@@ -13,8 +13,8 @@ from ..nn import ClippedMaxMin, ClippedReLU, MaxMin
 
 ACTIVATIONS = (nn.ReLU, ClippedReLU, MaxMin, ClippedMaxMin)
 COVERED = (
-    "an audit covers float32 nn.Sequential networks of Conv2d (zero padding, one group) and Linear, each but the last "
-    "followed by ReLU, ClippedReLU, MaxMin or ClippedMaxMin, and Flatten"
+    "an audit covers float32 nn.Sequential networks of Conv2d (zero padding, one group) and Linear, each but the last, "
+    "a Linear, followed by ReLU, ClippedReLU, MaxMin or ClippedMaxMin, and Flatten"
 )
 
 
@@ -57,8 +57,8 @@ def steps(model: nn.Module, input_shape: Sequence[int]) -> list[Step]:
             pending = None
         else:
             raise _uncovered(path, f"a {type(module).__name__}")
-    if pending is None:
-        raise _uncovered("", "no map at its end")
+    if pending is None or not isinstance(pending[1], nn.Linear):
+        raise _uncovered("", "no Linear at its end")
     found.append(Step(pending[0], pending[1], None, pending[2], shape))
     return found
 
