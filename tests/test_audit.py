@@ -135,7 +135,8 @@ def test_batches_of_a_stopped_run_are_kept_once(small: tuple[nn.Module, Path], t
         recorder = witness.Recorder(tmp_path / witness.NAME, "", "", afresh=afresh)
         bounds = ll.local_bounds(model, x[chosen], 1e-4, guarantee="deterministic")
         recorder.keep(range(3)[chosen], x[chosen], y[chosen], bounds)
-    assert recorder.finish() == 3
+    recorder.keep([3], x[:1], y[:1], ll.local_bounds(model, x[:1], 100.0, guarantee="deterministic"))
+    assert recorder.finish() == 3, "of what is certified"
     arrays = witness.read(tmp_path / witness.NAME).arrays
     assert arrays["index"].tolist() == [0, 1, 2] and np.array_equal(arrays["x"], x.numpy())
     again = witness.Recorder(tmp_path / witness.NAME, "", "", afresh=True)
@@ -391,6 +392,15 @@ def test_nothing_is_assumed_of_the_factor() -> None:
         for below in (1 - 1e-9, 1 - 1e-3):
             assert not exact_norms._is_proof(blocks, norm * below, factor)
             assert not exact_norms._is_proof(blocks, norm * below, zeros)
+
+
+def test_what_blocks_have_in_common_counts_in_both() -> None:
+    """Rows 3 and 1 in blocks of their own: the norm's square is 10, and R the matrix itself."""
+    for entries in ((3.0, 1.0), (1.0, 3.0)):
+        blocks = [scipy.sparse.csr_array([[entry]]) for entry in entries]
+        nothing = [(np.zeros((1, 1)), np.zeros((1, k))) for k in range(2)]
+        assert not exact_norms._is_proof(blocks, 9.9**0.5, nothing)
+        assert exact_norms._is_proof(blocks, 12.1**0.5, nothing)
 
 
 def test_rows_that_meet_are_within_the_width() -> None:
