@@ -1,9 +1,10 @@
-"""The command line: ``locallip train PRESET``, ``locallip certify CHECKPOINT``, ``locallip info``."""
+"""The command line: ``locallip train PRESET``, ``certify CHECKPOINT``, ``audit WITNESS``, ``info``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import secrets
 import shlex
 import signal
@@ -19,7 +20,7 @@ from ..build_info import build_info
 from ..norms.masked_norm import GUARANTEES, check_guarantee
 from ..propagation.execution import EXECUTIONS
 from ..propagation.graph import UnsupportedModuleError
-from . import checkpoint, data, evaluation, models, report
+from . import checkpoint, data, evaluation, models, report, sequential, witness
 from .checkpoint import CheckpointError
 from .distributed import Workers
 from .journal import Journal
@@ -198,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of a probabilistic certificate, for one sample (default: 1e-9)",
     )
     certifier.add_argument(
+        "--save",
+        action="store_true",
+        help=f"write {witness.NAME} beside certify.json: what `locallip audit` checks the deterministic certificates "
+        "by, those by the product of norms; needs --guarantee deterministic",
+    )
+    certifier.add_argument(
         "--window",
         type=int,
         metavar="N",
@@ -220,6 +227,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     certifier.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     certifier.set_defaults(run=_certify)
+
+    auditor = commands.add_parser(
+        "audit",
+        help="derive deterministic certificates again, by a path of its own",
+        description=f"Derive the deterministic certificates of a {witness.NAME} again, in ball arithmetic and whole "
+        "numbers, without what made them. Prints a table; writes FILE.audit.json. Exits with 0 only where all are "
+        "confirmed. Slow: seconds to minutes a sample.",
+    )
+    auditor.add_argument(
+        "file", type=Path, metavar="FILE", help="what `locallip certify --save` wrote, or the folder it is in"
+    )
+    auditor.add_argument(
+        "--checkpoint", type=Path, metavar="RUN", help="a checkpoint, or the folder of a run (default: beside FILE)"
+    )
+    _add_model_option(auditor)
+    auditor.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the data sets, to compare inputs and labels with"
+    )
+    auditor.add_argument("--limit", type=int, metavar="N", help="only the first N certificates (default: all)")
+    auditor.set_defaults(run=_audit)
 
     info = commands.add_parser("info", help="say what the extension was built for")
     info.set_defaults(run=_info)
@@ -282,6 +309,11 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     return 0
 
 
+def _checkpoint(path: Path) -> Path:
+    """The file, of a checkpoint or of the folder of a run."""
+    return path / checkpoint.CHECKPOINT_NAME if path.is_dir() else path
+
+
 def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     for guarantee in arguments.guarantee:
         check_guarantee(guarantee, arguments.failure_probability)
@@ -305,9 +337,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 
 def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Workers) -> evaluation.Measurement:
     """By all processes together; what process 0 has printed and written."""
-    path: Path = arguments.checkpoint
-    if path.is_dir():
-        path = path / checkpoint.CHECKPOINT_NAME
+    path = _checkpoint(arguments.checkpoint)
     model, stored, config = load_model(path, arguments.model)
     _check_data(stored.preset, arguments.data)
     device = _choose_device(arguments.device, workers.local_rank)
@@ -315,6 +345,10 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
     window = stored.window if arguments.window is None else arguments.window
     name = models.spec(stored.preset).data
     dataset = data.load(name, arguments.data, train=False)
+    if arguments.save:
+        if "deterministic" not in arguments.guarantee:
+            raise ValueError(f"--save: got --guarantee {' '.join(arguments.guarantee)}, want deterministic among them")
+        sequential.steps(model, dataset.images.shape[1:])  # an error now, and not after hours
     set_precision("fp32", device)
     out: Path = arguments.out or path.parent
     out.mkdir(parents=True, exist_ok=True)
@@ -336,10 +370,17 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
     }
     question = {"settings": context["settings"], "seed": arguments.seed, "device": device.type}
     question |= {"checkpoint": context["checkpoint"]["sha256"], "data": context["data"], "build": build_info()}
+    question |= {"save": True} if arguments.save else {}
     seed = secrets.randbits(48) if arguments.seed is None else arguments.seed
     journal = Journal(out, question, seed, workers)
     if journal.samples and workers.rank == 0:
         print(f"Going on: {journal.samples} samples are done.")
+    recorder = None
+    if arguments.save:
+        digests = (witness.weights_digest(model), context["checkpoint"]["sha256"])
+        afresh = not journal.samples and workers.rank == 0
+        recorder = witness.Recorder(out / witness.NAME, *digests, afresh=afresh)
+        workers.any(False)  # no batch is kept before process 0 has made room
     measurement = evaluation.measure(
         model.to(device),
         dataset,
@@ -355,6 +396,7 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
         limit=arguments.limit,
         attack_steps=arguments.attack_steps,
         proof_seed=arguments.seed,
+        witness=recorder,
         quiet=not sys.stderr.isatty(),
     )
     if workers.rank == 0:
@@ -367,9 +409,46 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
             print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
         else:
             print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")
+        if recorder is not None:
+            composed = " by products of norms; those by composed norms are not in it" if window > 1 else ""
+            print(f"Written: {recorder.path}, {recorder.finish()} deterministic certificates{composed}.")
     workers.any(False)  # the others keep what they have until process 0 has written it all
     journal.remove()
     return measurement
+
+
+def _audit(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    try:
+        from . import audit
+    except ImportError as error:
+        raise ImportError(f"{error}; an audit needs: pip install 'locallip-cuda[audit]'") from error
+    file: Path = arguments.file / witness.NAME if arguments.file.is_dir() else arguments.file
+    read = witness.read(file)
+    path = _checkpoint(arguments.checkpoint or file.parent)
+    model, stored, _ = load_model(path, arguments.model)
+    name = models.spec(stored.preset).data
+    compared = arguments.data is not None or name == "digits"
+    dataset = data.load(name, arguments.data, train=False) if compared else None
+    auditor = audit.Auditor(model, read, dataset)
+    results = audit.audited(auditor, arguments.limit, quiet=not sys.stderr.isatty())
+    radii = sorted({done.eps for done in results})
+    radius = f"l2 radius {radii[0]:.4g}" if len(radii) == 1 else f"l2 radii {radii[0]:.4g} to {radii[-1]:.4g}"
+    print(audit.table(results, f"{stored.network}: {len(results)} of {len(read)} certificates of {name}, {radius}"))
+    if not compared:
+        print(f"Inputs and labels were not compared with {name}: no --data.")
+    context = {
+        "command": ["locallip", *command],
+        "witness": {"path": str(file), "sha256": report.digest(file), "certificates": len(read)},
+        "weights": read.weights,
+        "checkpoint": {"path": str(path), "sha256": report.digest(path), "certified": read.checkpoint},
+        "compared_with": name if compared else None,
+        "environment": report.environment(torch.device("cpu")),
+        "samples": audit.values(results),
+    }
+    written = file.with_name(file.name + ".audit.json")
+    checkpoint.write_atomically(written, (json.dumps(context, indent=2) + "\n").encode())
+    print(f"Written: {written}")
+    return 0 if all(done.verdict is audit.Verdict.CONFIRMED for done in results) else 1
 
 
 def _info(arguments: argparse.Namespace, command: Sequence[str]) -> int:

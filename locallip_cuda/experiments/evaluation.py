@@ -22,6 +22,7 @@ from ..propagation.graph import lowered, traced
 from ..propagation.proof import check_provable
 from .data import Dataset
 from .journal import Journal
+from .witness import Recorder
 
 # The curve of certified accuracy is sampled at these multiples of the radius.
 CURVE = tuple(k / 4 for k in range(9))
@@ -165,7 +166,9 @@ class _Examiner:
         proof_seed: int | None,
         seconds: dict[str, float],
         bar: Any,
+        witness: Recorder | None,
     ) -> None:
+        self.witness = witness
         self.model, self.eps, self.radius, self.proofs = model, eps, radius, proofs
         self.window, self.execution = window, execution
         self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
@@ -213,40 +216,43 @@ class _Examiner:
                 found[i]["composed"]["estimate"] = composed.verdict(k, composed.margin > 0)
         candidates = certified if self.radius == "local" else correct
         for guarantee in self.proofs:
-            self._prove(found, x, y, guarantee, candidates, candidates | certified_composed)
+            self._prove(found, batch, guarantee, candidates, candidates | certified_composed)
         return found
 
     def _prove(
         self,
         found: list[dict[str, Any]],
-        x: Tensor,
-        y: Tensor,
+        batch: _Batch,
         guarantee: str,
         candidates: Tensor,
         all_candidates: Tensor,
     ) -> None:
         """The verdicts into ``found``: by the global bound, by the product on what that leaves of ``candidates``, by
         composed norms on what is left of all. The global one counts where the next one would have."""
-        left = all_candidates.clone()
+        x, y, left = batch.x, batch.y, all_candidates.clone()
 
-        def judge(samples: Tensor, stage: str, bound: Callable[[Tensor, Tensor], _Found], *, final: bool) -> None:
+        def judge(samples: Tensor, name: str, stage: str, bound: Callable[[str, Tensor], LocalBounds]) -> None:
             with self._stage(stage, x):
-                proof = bound(x[samples], y[samples])
+                bounds = bound(guarantee, x[samples])
+                proof = _Found(name, bounds, y[samples])
             sure = proof.margin > 0
             left[samples] = ~sure
             for k, i in enumerate(samples.tolist()):
-                if final or sure[k]:
-                    how = "guarantees" if candidates[i] and proof.name != "composed" else "composed"
+                if sure[k] or name != "global":
+                    how = "guarantees" if candidates[i] and name != "composed" else "composed"
                     found[i][how][guarantee] = proof.verdict(k, sure)
+            if self.witness is not None and guarantee == "deterministic" and name != "composed":
+                self.witness.keep([batch.indices[i] for i in samples.tolist()], x[samples], y[samples], bounds)
 
         if left.any():
-            whole = partial(self._proved_globally, guarantee)
-            judge(left.nonzero()[:, 0], f"global {guarantee}", whole, final=False)
-        local = [(candidates, 1, guarantee), (all_candidates, self.window, f"composed {guarantee}")]
-        for tried, window, stage in local[: 1 if self.window == 1 else 2]:
+            judge(left.nonzero()[:, 0], "global", f"global {guarantee}", self._proved_globally)
+        local = [(candidates, 1, "product", guarantee)]
+        if self.window > 1:
+            local.append((all_candidates, self.window, "composed", f"composed {guarantee}"))
+        for tried, window, name, stage in local:
             for part in torch.split((left & tried).nonzero()[:, 0], PROOF_BATCH):
                 if len(part):
-                    judge(part, stage, partial(self._proved, guarantee, window), final=True)
+                    judge(part, name, stage, partial(self._proved, window))
 
     @contextmanager
     def _stage(self, name: str, x: Tensor) -> Iterator[None]:
@@ -268,15 +274,13 @@ class _Examiner:
         seed = self.proof_seed if guarantee == "probabilistic" else None
         return {"guarantee": guarantee, "failure_probability": share, "seed": seed, "execution": self.execution}
 
-    def _proved_globally(self, guarantee: str, x: Tensor, y: Tensor) -> _Found:
+    def _proved_globally(self, guarantee: str, x: Tensor) -> LocalBounds:
         worth, norms = self._worth(guarantee), self.global_norms
-        bounds = global_bounds(self.model, x, self.eps, **worth, norms=norms, window=self.window)
-        return _Found("global", bounds, y)
+        window = self.window if self.witness is None else 1  # a witness is of products of norms
+        return global_bounds(self.model, x, self.eps, **worth, norms=norms, window=window)
 
-    def _proved(self, guarantee: str, window: int, x: Tensor, y: Tensor) -> _Found:
-        worth = self._worth(guarantee)
-        bounds = local_bounds(self.model, x, self.eps, radius=self.radius, **worth, window=window)
-        return _Found("product" if window == 1 else "composed", bounds, y)
+    def _proved(self, window: int, guarantee: str, x: Tensor) -> LocalBounds:
+        return local_bounds(self.model, x, self.eps, radius=self.radius, **self._worth(guarantee), window=window)
 
     def _reach(self, x: Tensor, y: Tensor, correct: Tensor, certified: Tensor, window: int = 1) -> Tensor:
         """The largest factor of CURVE at which each sample is certified by the estimate, -1 where it is misclassified.
@@ -320,6 +324,7 @@ def measure(
     limit: int | None = None,
     attack_steps: int = 100,
     proof_seed: int | None = None,
+    witness: Recorder | None = None,
     quiet: bool = True,
 ) -> Measurement:
     """Measure ``model`` on the first ``limit`` samples of ``dataset`` (all by default) at l2 radius ``eps``.
@@ -333,7 +338,7 @@ def measure(
     beside the estimate.   execution: of what the proofs speak, as for :func:`locallip_cuda.local_bounds`.
     failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
     estimated norms.   attack_steps: steps of size eps / 4.   proof_seed: repeats the proofs' random vectors, and voids
-    the probabilistic guarantee.
+    the probabilistic guarantee.   witness: what takes down the deterministic proofs by the product of norms.
 
     ConnectionError where another process ended; what is done is kept. ValueError for bad numbers;
     UnsupportedModuleError for a network without bounds, or without the proof asked for.
@@ -375,6 +380,7 @@ def measure(
             proof_seed,
             journal.seconds,
             bar,
+            witness,
         )
 
         def show(more: int = 0) -> None:
