@@ -382,6 +382,8 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         composed = " by the product of norms; those by composed norms are not in it" if window > 1 else ""
         print(f"Written: {recorder.path}, {recorder.finish()} deterministic certificates{composed}.")
     journal.remove()
+    if recorder is not None:
+        recorder.remove()  # after the journal: a run that goes on from that needs the batches
     proofs = (*measurement.certified.items(), *measurement.composed.items())
     broken = {guarantee: c.broken for guarantee, c in proofs if c.broken}
     if set(broken) - {"estimate"}:
@@ -393,7 +395,7 @@ def _audit(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     try:
         from . import audit
     except ImportError as error:
-        raise ImportError(f"{error}; an audit needs: pip install 'locallip-cuda[audit]'") from error
+        raise ImportError(f"{error}; an audit needs: pip install python-flint scipy") from error
     file: Path = arguments.file / witness.NAME if arguments.file.is_dir() else arguments.file
     read = witness.read(file)
     path = _checkpoint(arguments.checkpoint or file.parent)
