@@ -128,6 +128,16 @@ def test_a_mask_may_keep_more(small: tuple[nn.Module, Path]) -> None:
     assert audited(model, changed(path, keep)).verdict is Verdict.CONFIRMED
 
 
+def test_a_module_at_two_places_counts_at_both() -> None:
+    shared = nn.Linear(4, 4)
+    nested = nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared, nn.ReLU(), nn.Linear(4, 2))
+    assert [(step.path, type(step.activation)) for step in steps(nested, (4,))] == [
+        ("0.0", nn.ReLU),
+        ("1", nn.ReLU),
+        ("3", type(None)),
+    ]
+
+
 def test_batches_of_a_stopped_run_are_kept_once(small: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, _ = small
     x = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))

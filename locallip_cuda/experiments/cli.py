@@ -414,6 +414,8 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
             print(f"Written: {recorder.path}, {recorder.finish()} deterministic certificates{composed}.")
     workers.any(False)  # the others keep what they have until process 0 has written it all
     journal.remove()
+    if recorder is not None:
+        recorder.remove()  # after the journal: a run that goes on from that needs the batches
     return measurement
 
 
@@ -421,7 +423,7 @@ def _audit(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     try:
         from . import audit
     except ImportError as error:
-        raise ImportError(f"{error}; an audit needs: pip install 'locallip-cuda[audit]'") from error
+        raise ImportError(f"{error}; an audit needs: pip install python-flint scipy") from error
     file: Path = arguments.file / witness.NAME if arguments.file.is_dir() else arguments.file
     read = witness.read(file)
     path = _checkpoint(arguments.checkpoint or file.parent)

@@ -72,7 +72,8 @@ def _modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
             raise _uncovered(path, f"a {name} of {tensor.dtype}, or with NaN or infinite entries")
     if type(module) is nn.Sequential:
-        for name, child in module.named_children():
+        for name, child in module._modules.items():  # named_children leaves out a module's second place
+            assert child is not None
             yield from _modules(f"{path}.{name}" if path else name, child)
     else:
         yield path, module

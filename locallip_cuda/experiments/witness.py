@@ -122,7 +122,7 @@ class Recorder:
         _write(self.parts / f"{first:08}-{last:08}.npz", {**self.head, **arrays})
 
     def finish(self) -> int:
-        """Write the file and take the batches away. The number of certificates in it; no file where that is 0."""
+        """Write the file. The number of certificates in it; no file where that is 0."""
         parts = [read(part) for part in sorted(self.parts.glob("*.npz"))]
         arrays: Arrays = {}
         if parts:
@@ -134,8 +134,11 @@ class Recorder:
             _write(self.path, {**self.head, **arrays})
         else:
             self.path.unlink(missing_ok=True)
-        shutil.rmtree(self.parts)
         return len(arrays["index"]) if parts else 0
+
+    def remove(self) -> None:
+        """Take the batches away, once the run needs not go on from them."""
+        shutil.rmtree(self.parts, ignore_errors=True)
 
 
 def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
