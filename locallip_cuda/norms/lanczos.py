@@ -56,8 +56,10 @@ UNDERFLOW = 2.0**-80
 # Beyond, the lengths of vectors that the residual is derived with would not hold, and no bound would be of use.
 LARGEST_ROUNDING = 1e-3
 
-# Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, on a GPU enough to fill it.
-CHUNK = {"cpu": 2**20, "cuda": 2**24}
+# Elements of the vectors that are worked on at a time: for each thread of a CPU few enough for its cache, and for a
+# convolution's unfolded input, in which each counts once a tap, to come from memory that is at hand; on a GPU enough to
+# fill it.
+CHUNK = {"cpu": 2**16, "cuda": 2**24}
 
 
 @dataclass
@@ -249,12 +251,18 @@ def _in_chunks(
     upper, estimate = torch.where(some, operator.norm, 0), torch.zeros_like(operator.norm)
     alive = some.nonzero()[:, 0]
     starts = max(math.ceil(math.log(failure_probability) / math.log(LEAST_MISS)), 1)
-    chunk = max(CHUNK[operator.device.type] // (starts * operator.units), 1)
+    threads = torch.get_num_threads() if operator.device.type == "cpu" else 1
+    chunk = max(CHUNK[operator.device.type] * threads // (starts * operator.units), 1)
     for part in torch.split(alive, chunk) if len(alive) else ():
         rows, cols = (None if mask is None else mask[part] for mask in (row_mask, col_mask))
         found = _bounds_of_chunk(operator, part, rows, cols, starts, failure_probability, tightness, randbits)
         upper[part], estimate[part] = torch.minimum(upper[part], found[0]), found[1]
     return upper, estimate
+
+
+def _lengths(t: Tensor) -> Tensor:
+    """(B,) of (B, *), in whatever memory format, without a copy."""
+    return torch.linalg.vector_norm(t, dim=list(range(1, t.dim())))
 
 
 def _bounds_of_chunk(
@@ -301,12 +309,12 @@ def _bounds_of_chunk(
         z = apply(q)
         z = z * (column(rows, z) if row_mask is None else rows)
         w = adjoint(z) * cols
-        alpha.append(z.flatten(1).square().sum(1))
-        w = w.sub_(column(alpha[-1]) * q).sub_(column(last) * before)
-        last = w.flatten(1).norm(dim=1)
+        alpha.append(_lengths(z).square())
+        w.addcmul_(column(alpha[-1]), q, value=-1).addcmul_(column(last), before, value=-1)
+        last = _lengths(w)
         last = torch.where(last > UNDERFLOW, last, 0)  # an invariant subspace: the rest of the residual is an error
         beta.append(last)
-        before, q = q, w * column(torch.where(last > 0, 1 / last, 0))
+        before, q = q, torch.mul(w, column(torch.where(last > 0, 1 / last, 0)), out=before)
         if step < check and step < limit:
             continue
         check = step + max(4, step // 8)
