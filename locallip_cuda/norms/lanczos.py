@@ -262,7 +262,8 @@ def _in_chunks(
 
 def _lengths(t: Tensor) -> Tensor:
     """(B,) of (B, *), in whatever memory format, without a copy."""
-    return torch.linalg.vector_norm(t, dim=list(range(1, t.dim())))
+    found: Tensor = torch.linalg.vector_norm(t, dim=list(range(1, t.dim())))
+    return found
 
 
 def _bounds_of_chunk(
