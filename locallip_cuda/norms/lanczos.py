@@ -56,10 +56,10 @@ UNDERFLOW = 2.0**-80
 # Beyond, the lengths of vectors that the residual is derived with would not hold, and no bound would be of use.
 LARGEST_ROUNDING = 1e-3
 
-# Elements of the vectors that are worked on at a time: for each thread of a CPU few enough for its cache, and for a
-# convolution's unfolded input, in which each counts once a tap, to come from memory that is at hand; on a GPU enough to
-# fill it.
-CHUNK = {"cpu": 2**16, "cuda": 2**24}
+# Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, and for a convolution's unfolded
+# input, in which each counts once a tap, to come from memory that is at hand; on a GPU enough to fill it. Not by the
+# number of threads: the runs of a chunk stop together, so that it would show in the bounds.
+CHUNK = {"cpu": 2**17, "cuda": 2**24}
 
 
 @dataclass
@@ -251,8 +251,7 @@ def _in_chunks(
     upper, estimate = torch.where(some, operator.norm, 0), torch.zeros_like(operator.norm)
     alive = some.nonzero()[:, 0]
     starts = max(math.ceil(math.log(failure_probability) / math.log(LEAST_MISS)), 1)
-    threads = torch.get_num_threads() if operator.device.type == "cpu" else 1
-    chunk = max(CHUNK[operator.device.type] * threads // (starts * operator.units), 1)
+    chunk = max(CHUNK[operator.device.type] // (starts * operator.units), 1)
     for part in torch.split(alive, chunk) if len(alive) else ():
         rows, cols = (None if mask is None else mask[part] for mask in (row_mask, col_mask))
         found = _bounds_of_chunk(operator, part, rows, cols, starts, failure_probability, tightness, randbits)
