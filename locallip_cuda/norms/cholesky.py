@@ -194,7 +194,7 @@ class Banded:
         rows = torch.zeros(end - known, channels, end - first, channels, dtype=torch.float64, device="cpu")
         for offset, values in self.stencil:
             there = own[own - offset >= first]
-            rows[there - known, :, there - offset - first, :] -= values[there - offset].transpose(1, 2)
+            rows[there - known, :, there - offset - first, :] = values[there - offset].transpose(1, 2).neg_()
         rows = rows.flatten(2).flatten(0, 1)
         if not bool(self.alive[first:end].all()):
             rows = rows[self.alive[known:end].flatten()][:, self.alive[first:end].flatten()]
@@ -324,6 +324,6 @@ class _Side:
             masked = own * self.hidden.unsqueeze(1)  # (hidden pixels, visible, hidden channels)
             for offset, pairs in self.pairs.items():
                 for other, here in pairs.get(k, ()):
-                    stencil[offset][self.pixels[k, here]] += masked[here] @ self.weight[other]
+                    stencil[offset].index_add_(0, self.pixels[k, here], masked[here] @ self.weight[other])
         error = gamma(taps * hidden + 2) * square * (1 + 4 * UNIT) + UNDERFLOW
         return Banded(sorted(stencil.items()), self.alive, error)

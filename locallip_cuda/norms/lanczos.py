@@ -56,8 +56,10 @@ UNDERFLOW = 2.0**-80
 # Beyond, the lengths of vectors that the residual is derived with would not hold, and no bound would be of use.
 LARGEST_ROUNDING = 1e-3
 
-# Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, on a GPU enough to fill it.
-CHUNK = {"cpu": 2**20, "cuda": 2**24}
+# Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, and for a convolution's unfolded
+# input, in which each counts once a tap, to come from memory that is at hand; on a GPU enough to fill it. Not by the
+# number of threads: the runs of a chunk stop together, so that it would show in the bounds.
+CHUNK = {"cpu": 2**17, "cuda": 2**24}
 
 
 @dataclass
@@ -257,6 +259,12 @@ def _in_chunks(
     return upper, estimate
 
 
+def _lengths(t: Tensor) -> Tensor:
+    """(B,) of (B, *), in whatever memory format, without a copy."""
+    found: Tensor = torch.linalg.vector_norm(t, dim=list(range(1, t.dim())))
+    return found
+
+
 def _bounds_of_chunk(
     operator: _Operator,
     samples: Tensor,
@@ -301,12 +309,12 @@ def _bounds_of_chunk(
         z = apply(q)
         z = z * (column(rows, z) if row_mask is None else rows)
         w = adjoint(z) * cols
-        alpha.append(z.flatten(1).square().sum(1))
-        w = w.sub_(column(alpha[-1]) * q).sub_(column(last) * before)
-        last = w.flatten(1).norm(dim=1)
+        alpha.append(_lengths(z).square())
+        w.addcmul_(column(alpha[-1]), q, value=-1).addcmul_(column(last), before, value=-1)
+        last = _lengths(w)
         last = torch.where(last > UNDERFLOW, last, 0)  # an invariant subspace: the rest of the residual is an error
         beta.append(last)
-        before, q = q, w * column(torch.where(last > 0, 1 / last, 0))
+        before, q = q, torch.mul(w, column(torch.where(last > 0, 1 / last, 0)), out=before)
         if step < check and step < limit:
             continue
         check = step + max(4, step // 8)
