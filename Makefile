@@ -2,7 +2,7 @@
 # make test    all tests, and the CUDA kernels emulated on the host under sanitizers
 # make lint    ruff, mypy, clang-format
 # make bench   benchmarks beside their baselines
-# make docs    the documentation as HTML, docs/build/index.html; a warning is an error
+# make docs    the documentation as HTML, docs/build/html/index.html; a warning is an error
 #
 # Each creates .venv and installs what it needs first. TORCH chooses the torch, for example
 #     make test TORCH="torch==2.14.1"
@@ -48,7 +48,7 @@ bench: $(VENV)/installed-test
 
 docs: $(VENV)/installed-docs
 	$(BIN)/python docs/generate.py
-	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --fresh-env --quiet docs docs/build
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --fresh-env --quiet docs docs/build/html
 
 # Editable, so that changed Python files count at once; changed C++ and CUDA files are compiled by the next make.
 $(VENV)/installed-%: $(VENV)/torch $(COMPILED)

@@ -32,6 +32,7 @@ nitpick_ignore = [
 ]
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["deflist"]
 nb_execution_mode = "off"  # the tests run the notebooks
 
 add_module_names = False
@@ -44,6 +45,8 @@ html_theme = "furo"
 html_title = f"{project} {version}"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
+smartquotes_action = "D"  # quotes stay those of code
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
 

@@ -198,17 +198,31 @@ def _first_sentence(source: str) -> str:
 
 def command_line() -> str:
     parser = cli._parser()
-    lines = ["# Command line", "", parser.description or "", ""]
+    lines = ["# Command line", "", f"{parser.description}", ""]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
+            summaries = {choice.dest: choice.help for choice in action._choices_actions}
             for name, command in action.choices.items():
-                lines += [f"## locallip {name}", "", _fenced(_help(command), "text")]
+                lines += [f"## locallip {name}", "", f"{command.description or _sentence(summaries[name])}", ""]
+                lines += _options(command)
     return "\n".join(lines)
 
 
-def _help(parser: argparse.ArgumentParser) -> str:
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=96)  # type: ignore[assignment]
-    return parser.format_help()
+def _options(command: argparse.ArgumentParser) -> Iterator[str]:
+    formatter = command._get_formatter()
+    for group in command._action_groups:
+        actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
+        if not actions:
+            continue
+        yield from (f"### {_sentence(group.title or '').rstrip('.')}", "", group.description or "", "")
+        for action in actions:
+            value = "" if action.nargs == 0 else formatter._format_args(action, (action.dest or "").upper())
+            names = ", ".join(f"`{name} {value}`".replace(" `", "`") for name in action.option_strings) or f"`{value}`"
+            yield from (names, f": {formatter._expand_help(action)}", "")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
 
 
 if __name__ == "__main__":

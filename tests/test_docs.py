@@ -104,7 +104,8 @@ def test_modules_are_those_that_have_bounds(generate: Any) -> None:
 
 def test_command_line_has_all_options(generate: Any) -> None:
     page = generate.command_line()
-    assert all(each in page for each in ("## locallip train", "## locallip certify", "--guarantee", "--eps-train"))
+    assert all(f"## locallip {name}\n" in page for name in ("train", "certify", "info"))
+    assert "`--limit N`\n: only the first N test samples" in page and "`--eps-train X`\n: " in page
 
 
 def test_every_result_is_linked() -> None:
