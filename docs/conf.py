@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sphinx.errors import ExtensionError
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 import locallip_cuda
 
@@ -19,7 +20,7 @@ project = "locallip-cuda"
 author = "The locallip-cuda authors"
 version = release = str(locallip_cuda.build_info()["version"])
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "myst_nb"]
 exclude_patterns = ["build"]
 default_role = "code"
 nitpicky = True
@@ -38,7 +39,6 @@ nb_execution_mode = "off"  # the tests run the notebooks
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-napoleon_use_ivar = True
 maximum_signature_line_length = 90
 
 html_theme = "furo"
@@ -59,6 +59,7 @@ def _outside(app: Any, name: str, source: list[str]) -> None:
 
 _CODE = re.compile(r"(``.+?``|:[a-z:]+:`.+?`|`.+?`)")
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns):$")
+_GOOGLE = Config(napoleon_use_ivar=True, napoleon_attr_annotations=False)
 _ITEM = re.compile(r"(\w+(?:, \w+)*): ")
 
 
@@ -87,6 +88,8 @@ def _plain(app: Any, kind: str, name: str, of: Any, options: Any, lines: list[st
             names = _ITEM.match(piece)
             if section or not piece:
                 item = False
+                if names:  # as one name, which is what a field of docutils has
+                    piece = names[1].replace(", ", ",") + piece[names.end(1) :]
                 found.append(" " * indent + piece)
             elif names and set(names[1].split(", ")) <= own:
                 found += [""] * (not item) + [f"- `{names[1]}`: {piece[names.end() :]}"]
@@ -96,7 +99,9 @@ def _plain(app: Any, kind: str, name: str, of: Any, options: Any, lines: list[st
                 found += ["", piece]
             else:
                 found.append("  " + piece if item else piece)
-    lines[:] = found
+    # a property's first line is no type, whatever colon is in it
+    docstring = GoogleDocstring(found, _GOOGLE, app, "method" if kind == "property" else kind, name, of, options)
+    lines[:] = docstring.lines()
 
 
 _LOADED = re.compile(r"""<(?:script|img|link)\b[^>]*?\b(?:src|href)=["'](?:https?:)?//[^"']+""")
@@ -114,4 +119,4 @@ def _offline(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> None:
     app.connect("build-finished", _offline)
     app.connect("source-read", _outside)
-    app.connect("autodoc-process-docstring", _plain, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _plain)

@@ -203,7 +203,12 @@ def command_line() -> str:
         if isinstance(action, argparse._SubParsersAction):
             summaries = {choice.dest: choice.help for choice in action._choices_actions}
             for name, command in action.choices.items():
-                lines += [f"## locallip {name}", "", f"{command.description or _sentence(summaries[name])}", ""]
+                lines += [
+                    f"## locallip {name}",
+                    "",
+                    f"{_options_as_code(command.description or _sentence(summaries[name]))}",
+                    "",
+                ]
                 lines += _options(command)
     return "\n".join(lines)
 
@@ -218,7 +223,11 @@ def _options(command: argparse.ArgumentParser) -> Iterator[str]:
         for action in actions:
             value = "" if action.nargs == 0 else formatter._format_args(action, (action.dest or "").upper())
             names = ", ".join(f"`{name} {value}`".replace(" `", "`") for name in action.option_strings) or f"`{value}`"
-            yield from (names, f": {formatter._expand_help(action)}", "")
+            yield from (names, f": {_options_as_code(formatter._expand_help(action))}", "")
+
+
+def _options_as_code(text: str) -> str:
+    return re.sub(r"(--[\w-]+)", r"`\1`", text)
 
 
 def _sentence(text: str) -> str:
