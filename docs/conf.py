@@ -54,6 +54,7 @@ html_css_files = ["wide.css"]
 def _outside(app: Any, name: str, source: list[str]) -> None:
     """Links to files outside docs, which are right where the file is read by itself, to their copies."""
     source[0] = source[0].replace("](../bench/results/", "](generated/results/")
+    source[0] = source[0].replace("](../examples/plug_in/README.md)", "](generated/examples/plug_in.md)")
     source[0] = re.sub(r"\]\(\.\./examples/(\w+)\.py\)", r"](generated/examples/\1.md)", source[0])
 
 

@@ -49,6 +49,7 @@ def write() -> None:
         pages[f"results/{path.name}"] = path.read_text()
     for path in sorted((ROOT / "examples").glob("*.py")):
         pages[f"examples/{path.stem}.md"] = f"# {path.name}\n\n{_fenced(path.read_text(), 'python')}"
+    pages["examples/plug_in.md"] = (ROOT / "examples" / "plug_in" / "README.md").read_text()
     for name, text in pages.items():
         (GENERATED / name).parent.mkdir(parents=True, exist_ok=True)
         (GENERATED / name).write_text(text)
@@ -203,13 +204,8 @@ def command_line() -> str:
         if isinstance(action, argparse._SubParsersAction):
             summaries = {choice.dest: choice.help for choice in action._choices_actions}
             for name, command in action.choices.items():
-                lines += [
-                    f"## locallip {name}",
-                    "",
-                    f"{_options_as_code(command.description or _sentence(summaries[name]))}",
-                    "",
-                ]
-                lines += _options(command)
+                about = command.description or _sentence(summaries[name] or "")
+                lines += [f"## locallip {name}", "", _options_as_code(about), "", *_options(command)]
     return "\n".join(lines)
 
 
