@@ -35,6 +35,7 @@ lint: ruff mypy clang-format
 
 ruff: $(VENV)/installed-test
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 mypy: $(VENV)/installed-test
 	$(BIN)/python -m mypy
