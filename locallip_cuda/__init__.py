@@ -9,6 +9,7 @@ from . import losses, nn, testing
 from .bounds import LocalBounds, ProvedBounds, global_bounds, local_bounds
 from .build_info import build_info
 from .certify import Certificate, certified_radius, certify
+from .interchange import export, from_onnx
 from .norms.masked_norm import NormBound, masked_norm, masked_norm_bound
 from .propagation import rules
 from .propagation.graph import UnsupportedModuleError
@@ -25,6 +26,8 @@ __all__ = [
     "build_info",
     "certified_radius",
     "certify",
+    "export",
+    "from_onnx",
     "global_bounds",
     "local_bounds",
     "losses",

@@ -166,8 +166,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure a trained network on the test set. Prints a table; writes certify.json and certify.png. "
         "A run that is stopped goes on where it was when the same command is given again.",
     )
-    certifier.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
+    certifier.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, the folder of a run, or an ONNX file"
+    )
     _add_model_option(certifier)
+    certifier.add_argument("--dataset", choices=OF_DATA, help="what an ONNX file is measured on")
     certifier.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
     certifier.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
     certifier.add_argument("--eps", type=_real, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)")
@@ -279,7 +282,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     path: Path = arguments.checkpoint
     if path.is_dir():
         path = path / checkpoint.CHECKPOINT_NAME
-    model, stored, config = load_model(path, arguments.model)
+    model, stored, config = load_model(path, arguments.model, arguments.dataset)
     _check_data(stored.preset, arguments.data)
     device = _choose_device(arguments.device)
     eps = stored.eps if arguments.eps is None else arguments.eps
@@ -288,7 +291,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     dataset = data.load(name, arguments.data, train=False)
     set_precision("fp32", device)
     out: Path = arguments.out or path.parent
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(out)
     context: dict[str, Any] = {
         "checkpoint": {"path": str(path), "sha256": report.digest(path), "epoch": config["position"]["epoch"]},
         "recipe": stored.to_dict(),
@@ -337,7 +340,8 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     if report.plot(out / "certify.png", measurement, stored.network):
         print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
     else:
-        print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")
+        print(f"Written: {out / 'certify.json'}")
+        print('No plot: matplotlib is not installed (pip install "locallip-cuda[plot]").')
     journal.remove()
     proofs = (*measurement.certified.items(), *measurement.composed.items())
     broken = {guarantee: c.broken for guarantee, c in proofs if c.broken}
