@@ -3,6 +3,7 @@
 # make fuzz    certificates of 2000 random networks against points of their balls, an hour and a half at most
 # make lint    ruff, mypy, clang-format
 # make bench   benchmarks beside their baselines
+# make docs    the documentation as HTML, docs/build/html/index.html; a warning is an error
 #
 # Each creates .venv and installs what it needs first. TORCH chooses the torch, for example
 #     make test TORCH="torch==2.14.1"
@@ -16,7 +17,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 COMPILED = setup.py pyproject.toml $(wildcard build_support/*.py) $(filter-out %.toml,$(wildcard csrc/*.* csrc/*/*.*))
 
-.PHONY: demo test pytest emulated fuzz lint ruff mypy clang-format bench FORCE
+.PHONY: demo test pytest emulated fuzz lint ruff mypy clang-format bench docs FORCE
 
 demo: $(VENV)/installed-plot
 	$(BIN)/locallip train digits --out runs/digits --overwrite
@@ -38,6 +39,7 @@ lint: ruff mypy clang-format
 
 ruff: $(VENV)/installed-test
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 mypy: $(VENV)/installed-test
 	$(BIN)/python -m mypy
@@ -48,6 +50,10 @@ clang-format: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m bench
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --fresh-env --quiet docs docs/build/html
 
 # Editable, so that changed Python files count at once; changed C++ and CUDA files are compiled by the next make.
 $(VENV)/installed-%: $(VENV)/torch $(COMPILED)

@@ -10,6 +10,7 @@ from .bounds import LocalBounds, ProvedBounds, global_bounds, local_bounds
 from .build_info import build_info
 from .certify import Certificate, certified_radius, certify
 from .checked import Checked, checked
+from .interchange import export, from_onnx
 from .norms.masked_norm import NormBound, masked_norm, masked_norm_bound
 from .propagation import rules
 from .propagation.global_proof import ProvedNorms
@@ -30,6 +31,8 @@ __all__ = [
     "certified_radius",
     "certify",
     "checked",
+    "export",
+    "from_onnx",
     "global_bounds",
     "local_bounds",
     "losses",

@@ -141,3 +141,24 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(CheckpointError, match=message):
             checkpoint.load_into(model, weights, "file")
+
+
+def test_a_folder_that_cannot_be_is_told_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match=f"out: got {path}, which a file is in the way of, want a folder"):
+            checkpoint.make_folder(path)
+    checkpoint.make_folder(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as for another user: root may write anywhere
+    with pytest.raises(PermissionError, match=f"out: got {tmp_path}, where nothing can be written"):
+        checkpoint.make_folder(tmp_path)
+
+
+def test_why_a_folder_cannot_be_made_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(PermissionError, match=r"which cannot be made \(Permission denied\), want another folder"):
+        checkpoint.make_folder(tmp_path / "new")

@@ -264,3 +264,21 @@ def test_a_network_of_the_user_s(
     ):
         assert cli.main(wrong) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_certify_takes_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (torch.rand(1, 1, 8, 8),), str(path), dynamo=False, verbose=False)
+    options = ["--eps", "0.01", "--limit", "20", "--attack-steps", "2", "--iterations", "5", "--out", str(tmp_path)]
+    assert cli.main(["certify", str(path), "--dataset", "digits", *options]) == 0
+    assert "model.onnx: 20 test samples of digits, l2 radius 0.01" in capsys.readouterr().out
+    assert json.loads((tmp_path / "certify.json").read_text())["recipe"]["model"] == "model.onnx"
+
+    assert cli.main(["certify", str(path)]) == 2
+    assert "dataset: got none for" in capsys.readouterr().err
+    assert cli.main(["certify", str(tmp_path / "run"), "--dataset", "digits"]) == 2
+    assert "want one for an ONNX file, none for a checkpoint" in capsys.readouterr().err

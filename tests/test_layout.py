@@ -14,6 +14,7 @@ PACKAGE = Path(locallip_cuda.__file__).parent
 # from the lowest floor to the highest; a module imports from its own floor and from lower ones
 FLOORS = (
     ("build_info", "shapes", "rounding", "nn"),
+    ("onnx_nodes", "interchange"),
     ("ops",),
     ("norms",),
     ("propagation",),

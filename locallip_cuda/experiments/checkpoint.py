@@ -29,6 +29,21 @@ class CheckpointError(ValueError):
     """A file that is no usable checkpoint; the message names the file and what is wrong with it."""
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder ``path`` where there is none, and see that files can be written there: before a long run.
+
+    NotADirectoryError, PermissionError or another OSError that says what is in the way.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"out: got {path}, which a file is in the way of, want a folder") from error
+    except OSError as error:
+        raise type(error)(f"out: got {path}, which cannot be made ({error.strerror}), want another folder") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"out: got {path}, where nothing can be written, want another folder")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` in one step; on any failure the old file stays and nothing is left beside it.
 

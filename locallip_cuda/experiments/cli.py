@@ -169,8 +169,11 @@ def _parser() -> argparse.ArgumentParser:
         "A run that is stopped goes on where it was when the same command is given again. Several processes: "
         "torchrun --nproc-per-node N --no-python locallip certify ...",
     )
-    certifier.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
+    certifier.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, the folder of a run, or an ONNX file"
+    )
     _add_model_option(certifier)
+    certifier.add_argument("--dataset", choices=OF_DATA, help="what an ONNX file is measured on")
     certifier.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
     certifier.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
     certifier.add_argument("--eps", type=_real, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)")
@@ -338,7 +341,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Workers) -> evaluation.Measurement:
     """By all processes together; what process 0 has printed and written."""
     path = _checkpoint(arguments.checkpoint)
-    model, stored, config = load_model(path, arguments.model)
+    model, stored, config = load_model(path, arguments.model, arguments.dataset)
     _check_data(stored.preset, arguments.data)
     device = _choose_device(arguments.device, workers.local_rank)
     eps = stored.eps if arguments.eps is None else arguments.eps
@@ -351,7 +354,7 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
         sequential.steps(model, dataset.images.shape[1:])  # an error now, and not after hours
     set_precision("fp32", device)
     out: Path = arguments.out or path.parent
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(out)
     context: dict[str, Any] = {
         "checkpoint": {"path": str(path), "sha256": report.digest(path), "epoch": config["position"]["epoch"]},
         "recipe": stored.to_dict(),
@@ -408,7 +411,8 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
         if report.plot(out / "certify.png", measurement, stored.network):
             print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
         else:
-            print(f"Written: {out / 'certify.json'}. No plot: matplotlib is not installed (pip install matplotlib).")
+            print(f"Written: {out / 'certify.json'}")
+            print('No plot: matplotlib is not installed (pip install "locallip-cuda[plot]").')
         if recorder is not None:
             composed = " by products of norms; those by composed norms are not in it" if window > 1 else ""
             print(f"Written: {recorder.path}, {recorder.finish()} deterministic certificates{composed}.")

@@ -259,7 +259,9 @@ def _decode_all(paths: list[Path], cache: Path) -> _Bytes:
     try:
         import PIL  # noqa: F401
     except ImportError as error:
-        raise ImportError("reading TinyImageNet's JPEG files needs Pillow: pip install pillow") from error
+        raise ImportError(
+            'data: TinyImageNet\'s JPEG files need Pillow, which is missing: pip install "locallip-cuda[tinyimagenet]"'
+        ) from error
     images = np.empty((len(paths), 3, 64, 64), np.uint8)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for i, image in enumerate(pool.map(_decode, paths)):
@@ -323,7 +325,7 @@ def _digits(train: bool) -> Dataset:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
-        raise ImportError("the digits data set comes with scikit-learn: pip install scikit-learn") from error
+        raise ImportError("data: digits come with scikit-learn, which is missing: pip install scikit-learn") from error
     bunch = load_digits()
     # RandomState's stream is frozen for good, so the split is the same with every numpy.
     order = np.random.RandomState(0).permutation(len(bunch.target))

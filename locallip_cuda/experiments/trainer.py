@@ -243,7 +243,7 @@ class Trainer:
             device_ids = [self.settings.device] if self.settings.device.type == "cuda" else None
             objective = DistributedDataParallel(objective, device_ids=device_ids)
         update = TrainingStep(objective, self.optimiser, capture=self.capture, launches=self.objective.launches)
-        self.settings.out.mkdir(parents=True, exist_ok=True)
+        checkpoint.make_folder(self.settings.out)
         with (
             _Signals(self.workers.started_by_torchrun) as signals,
             self._tensorboard() as board,
@@ -381,6 +381,7 @@ class Trainer:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
+            print('No TensorBoard log: tensorboard is not installed (pip install "locallip-cuda[tensorboard]").')
             yield None
             return
         # What an earlier process logged beyond its last checkpoint is dropped.
