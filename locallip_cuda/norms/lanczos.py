@@ -56,9 +56,9 @@ UNDERFLOW = 2.0**-80
 # Beyond, the lengths of vectors that the residual is derived with would not hold, and no bound would be of use.
 LARGEST_ROUNDING = 1e-3
 
-# Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, and for a convolution's
-# unfolded input, in which each counts once a tap, to come from memory that is at hand; on a GPU enough to fill it. Not
-# by the number of threads: the runs of a chunk stop together, so that it would show in the bounds.
+# Elements of the vectors that are worked on at a time: on a CPU few enough for its cache, and for the unfolded input of
+# a convolution, in which each counts once a tap, to come from memory that is at hand; on a GPU enough to fill it.
+# Not by the number of threads: the runs of a chunk stop together, so that it would show in the bounds.
 CHUNK = {"cpu": 2**17, "cuda": 2**24}
 
 
