@@ -135,19 +135,20 @@ class MaskedChains:
 
     @property
     def limited(self) -> bool:
-        """Of far apart sizes it is the product of norms; and rounding shows where a map's masks leave next to nothing
-        of it, or the product next to nothing of its maps."""
+        """Of far apart sizes, and below 2^-150, it is the product of norms; and rounding shows where the masks leave
+        next to nothing of the maps, or the product next to nothing of them."""
         linears = self.linears
         if not is_of_even_size(self.chain(linears)):
             return False
-        products = np.ones(len(self), dtype=np.longdouble)
+        products, left = np.ones((2, len(self)), dtype=np.longdouble)
         for linear, (weight, size, conv), before, behind in zip(
             linears, self.maps, self.masks, self.masks[1:], strict=False
         ):
             own = np.array([norm.value for norm in MaskedOperators("", weight, behind, before, size, conv).norms()])
-            if ((own > 0) & (own < 1e-6 * float(absolute_norm(linear, None, None, 1)))).any():
-                return False
             products *= own
+            left *= own / float(absolute_norm(linear, None, None, 1))
+        if ((products > 0) & ((products < 2.0**-150) | (left < 1e-6))).any():
+            return False
         return all(norm.value >= 1e-3 * product for norm, product in zip(self.norms(), products, strict=True))
 
 
