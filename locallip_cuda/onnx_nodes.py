@@ -51,6 +51,7 @@ def read(model: onnx.ModelProto) -> nn.Module:
     known(inputs[0], values[inputs[0]])
     for node in proto.node:
         given = [values[each] for each in node.input]
+        values.update(dict.fromkeys(node.output))  # of several, those that have no counterpart stay without a value
         if given and all(isinstance(each, Tensor) for each in given):
             evaluator = ReferenceEvaluator(node, opsets={each.domain: each.version for each in model.opset_import})
             found = evaluator.run(None, {name: _constant(values[name], name).numpy() for name in node.input})
