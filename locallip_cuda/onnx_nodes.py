@@ -51,6 +51,7 @@ def read(model: onnx.ModelProto) -> nn.Module:
     known(inputs[0], values[inputs[0]])
     for node in proto.node:
         given = [values[each] for each in node.input]
+        values.update(dict.fromkeys(node.output))  # of several, those that have no counterpart stay without a value
         if given and all(isinstance(each, Tensor) for each in given):
             evaluator = ReferenceEvaluator(node, opsets={each.domain: each.version for each in model.opset_import})
             found = evaluator.run(None, {name: _constant(values[name], name).numpy() for name in node.input})
@@ -97,8 +98,8 @@ class _Reader:
         known = [0, *self.shapes[value][1:]] if self.rank(value) else []
         return [size or self.graph.call_method("size", (value, axis)) for axis, size in enumerate(known)]
 
-    def tensor(self, value: Given) -> fx.Node:
-        """A tensor of the graph; a constant becomes a parameter, or a buffer if it is not of floating point."""
+    def tensor(self, value: Given, *, learned: bool = True) -> fx.Node:
+        """A tensor of the graph; a constant becomes a parameter, or a buffer if it is no weight or no float."""
         if isinstance(value, fx.Node):
             return value
         if not isinstance(value, Tensor):
@@ -106,7 +107,7 @@ class _Reader:
         if id(value) not in self._kept:
             name = re.sub(r"\W", "_", self._names.get(id(value), f"constant{len(self._kept)}"))
             name = name if not hasattr(self.root, name) else f"{name}_{len(self._kept)}"
-            if value.is_floating_point():
+            if learned and value.is_floating_point():
                 self.root.register_parameter(name, nn.Parameter(value))
             else:
                 self.root.register_buffer(name, value)
@@ -225,7 +226,8 @@ def _batch_normalization(r: _Reader, inputs: list[Given], attributes: dict[str, 
         raise ValueError("training_mode: got 1, want 0")
     scale, shift, mean, variance = (_constant(each, "statistics") for each in inputs[1:5])
     eps = attributes.get("epsilon", 1e-5)
-    return r.call(F.batch_norm, _value(inputs[0]), mean, variance, scale, shift, False, 0.0, eps)
+    statistics = (r.tensor(each, learned=False) for each in (mean, variance))
+    return r.call(F.batch_norm, _value(inputs[0]), *statistics, scale, shift, False, 0.0, eps)
 
 
 @_operator("AveragePool")

@@ -202,6 +202,9 @@ LAYERS: dict[str, nn.Module] = {
     "tanh": nn.Tanh(),
     "softplus": nn.Softplus(),
     "abs": Function(torch.abs),
+    "hardswish": nn.Hardswish(),
+    "negative": Function(lambda x: -x),
+    "batch norm": nn.BatchNorm2d(3),
 }
 
 
@@ -219,13 +222,13 @@ def test_operators_are_what_the_file_says_and_have_bounds(name: str, tmp_path: P
     torch.testing.assert_close(bounds.logits, model(X))
 
 
-def graph(nodes: list[Any], initializers: dict[str, Tensor], inputs: int = 1) -> bytes:
+def graph(nodes: list[Any], initializers: dict[str, Tensor], inputs: int = 1, opset: int = 18) -> bytes:
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     constants = [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in initializers.items()]
     given = [helper.make_tensor_value_info(f"x{i}" if i else "x", kind, ["batch", 4]) for i in range(inputs)]
     result = helper.make_tensor_value_info("y", kind, ["batch", None])
     made = helper.make_graph(nodes, "graph", given, [result], constants)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)]).SerializeToString()
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)]).SerializeToString()
 
 
 NODE = onnx.helper.make_node
@@ -246,6 +249,44 @@ def test_what_cannot_be_read_is_an_error(content: bytes, message: str, tmp_path:
     (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         ll.from_onnx(tmp_path / "model.onnx")
+
+
+def test_convolution_of_uneven_padding(tmp_path: Path) -> None:
+    weight = torch.rand(2, 1, 3)
+    nodes = [
+        NODE("Unsqueeze", ["x", "axes"], ["z"]),
+        NODE("Conv", ["z", "w"], ["c"], pads=[2, 1]),
+        NODE("Flatten", ["c"], ["y"]),
+    ]
+    (tmp_path / "model.onnx").write_bytes(graph(nodes, {"w": weight, "axes": torch.tensor([1])}))
+    x = torch.rand(3, 4)
+    again = ll.from_onnx(tmp_path / "model.onnx")
+    torch.testing.assert_close(again(x), by_reference(tmp_path / "model.onnx", x))
+    assert ll.certify(again, x, 0.1, guarantee="deterministic").margin.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants"),
+    [
+        ([NODE("Gelu", ["x"], ["y"])], {}),
+        ([NODE("Gelu", ["x"], ["y"], approximate="tanh")], {}),
+        ([NODE("Mish", ["x"], ["y"])], {}),
+        ([NODE("Sum", ["x", "z", "x"], ["y"]), NODE("Relu", ["x"], ["z"])][::-1], {}),
+        ([NODE("MatMul", ["x", "w"], ["y"])], {"w": torch.rand(4, 3)}),
+        ([NODE("Relu", ["x"], ["z"]), NODE("Min", ["z", "t"], ["y"])], {"t": torch.tensor([0.5, 0.1, 0.0, 0.3])}),
+        ([NODE("Relu", ["x"], ["z"]), NODE("Min", ["t", "z"], ["y"])], {"t": torch.tensor([0.5, -0.1, 0.0, 0.3])}),
+        ([NODE("Max", ["x", "t"], ["y"])], {"t": torch.tensor([0.5, -0.1, 0.0, 0.3])}),
+        ([NODE("Clip", ["x", "", "t"], ["y"])], {"t": torch.tensor(0.3)}),
+        ([NODE("Identity", ["x"], ["z"]), NODE("Dropout", ["z"], ["y"])], {}),
+    ],
+)
+def test_operators_by_hand(nodes: list[Any], constants: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(graph(nodes, constants, opset=20))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    again = ll.from_onnx(path)
+    torch.testing.assert_close(again(x), by_reference(path, x))
+    torch.testing.assert_close(ll.local_bounds(again, x, 0.1).logits, again(x))
 
 
 def test_gemm_with_factors_and_a_batch_that_the_file_fixes(tmp_path: Path) -> None:
@@ -276,3 +317,11 @@ def test_weights_from_a_file_are_parameters_under_its_names(tmp_path: Path) -> N
     torch.save(model.state_dict(), kept)
     ll.local_bounds(model, torch.rand(2, 4), 0.1).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("least", [0.0, -0.1])
+def test_min_behind_relu_is_a_clipped_relu_where_it_can_be(least: float, tmp_path: Path) -> None:
+    nodes = [NODE("Relu", ["x"], ["z"]), NODE("Min", ["z", "t"], ["y"])]
+    (tmp_path / "model.onnx").write_bytes(graph(nodes, {"t": torch.tensor([0.5, least, 0.2, 0.3])}))
+    called = {node.target for node in ll.from_onnx(tmp_path / "model.onnx").graph.nodes}
+    assert (ll.nn.clipped_relu in called) == (least >= 0) and (torch.clamp in called) == (least < 0)
