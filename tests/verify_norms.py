@@ -135,21 +135,20 @@ class MaskedChains:
 
     @property
     def limited(self) -> bool:
-        """Of far apart sizes, and below 2^-150, it is the product of norms; and rounding shows where the masks leave
-        next to nothing of the maps, or the product next to nothing of them."""
+        """Of far apart sizes, and below 2^-150, it is the product of norms; and rounding shows where masks and product
+        leave next to nothing of the maps."""
         linears = self.linears
         if not is_of_even_size(self.chain(linears)):
             return False
-        products, left = np.ones((2, len(self)), dtype=np.longdouble)
+        products, absolute = np.ones(len(self), dtype=np.longdouble), np.longdouble(1)
         for linear, (weight, size, conv), before, behind in zip(
             linears, self.maps, self.masks, self.masks[1:], strict=False
         ):
-            own = np.array([norm.value for norm in MaskedOperators("", weight, behind, before, size, conv).norms()])
-            products *= own
-            left *= own / float(absolute_norm(linear, None, None, 1))
-        if ((products > 0) & ((products < 2.0**-150) | (left < 1e-6))).any():
-            return False
-        return all(norm.value >= 1e-3 * product for norm, product in zip(self.norms(), products, strict=True))
+            own = MaskedOperators("", weight, behind, before, size, conv).norms()
+            products *= np.array([norm.value for norm in own])
+            absolute *= float(absolute_norm(linear, None, None, 1))
+        least = max(np.longdouble(2.0**-150), 1e-5 * absolute)
+        return all(product == 0 or norm.value >= least for norm, product in zip(self.norms(), products, strict=True))
 
 
 Operators = MaskedOperators | MaskedChains
