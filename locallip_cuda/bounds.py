@@ -547,6 +547,8 @@ def local_bounds(
         graph = lowered(trace, x.dtype)
         if norms is not None:
             _check_norms(norms, graph, window, guarantee)
+            if y is None:
+                raise TypeError(f"y: got None with norms, want ({len(x)},) int64 labels, by which norms start")
             _check_labels(y, len(x), classes)
         at_input = _radius_of_input(eps, x) + off
         estimate = Estimate(radius, iterations, norms, y, window=window)

@@ -90,6 +90,10 @@ class Checked(nn.Module):
         self.model = copy.deepcopy(model)
         self.guarantee, self.failure_probability = guarantee, failure_probability
         self._networks: dict[tuple[torch.Size, torch.device], _Network] = {}
+        self._weights: list[tuple[int, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_networks": {}, "_weights": []}
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -98,6 +102,12 @@ class Checked(nn.Module):
         ValueError for a sample that lies so near a decision boundary that float64 cannot tell its side either.
         """
         check_input(x)
+        if not bool(x.isfinite().all()):
+            raise ValueError("x: got NaN or infinite values, want finite ones")
+        weights = [(t.data_ptr(), t._version) for t in (*self.model.parameters(), *self.model.buffers())]
+        if weights != self._weights:  # others were loaded, or they are somewhere else
+            self._networks.clear()
+            self._weights = weights
         key = (x.shape[1:], x.device)
         with textbook_products(x.device.type):
             if key not in self._networks:
@@ -125,7 +135,8 @@ def checked(model: nn.Module, guarantee: str = "probabilistic", failure_probabil
 
     It runs in the dtype of ``x``, bounds its own rounding for every sample, and repeats in float64 the samples whose
     two largest logits are nearer to each other than that. Where torch is set to TF32 or bfloat16 products all are. The
-    model is copied as it is; what is known of it is found out once for every size of a sample.
+    model is copied as it is; what is known of it is found out once for every size of a sample, and again where other
+    weights are loaded.
 
     Args:
         model: as for :func:`locallip_cuda.local_bounds`, in eval mode.

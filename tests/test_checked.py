@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,19 @@ def test_it_is_a_snapshot() -> None:
     torch.testing.assert_close(checked(x), before, rtol=1e-5, atol=1e-5)
 
 
+def test_other_weights_count_once_they_are_loaded(tmp_path: Path) -> None:
+    model, x = in_float32(ZOO["dense, relu"][0]), zoo_input("dense, relu", 4).float()
+    checked = ll.checked(model)
+    checked(x)
+    values = checked.state_dict()
+    values["model." + list(model.state_dict())[-1]] = torch.tensor([0.0, 100.0, 0.0, 0.0])
+    checked.load_state_dict(values)
+    assert (checked(x).argmax(1) == 1).all()
+    torch.save(checked, tmp_path / "checked.pt")
+    again = torch.load(tmp_path / "checked.pt", weights_only=False)
+    assert torch.equal(again(x), checked(x))
+
+
 def test_overflow_is_seen_before_an_activation_hides_it() -> None:
     """relu(-inf) = 0, and the real network's unit is on behind the next layer."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)).eval()
@@ -106,6 +120,8 @@ def test_errors() -> None:
     model = copy.deepcopy(in_float32(ZOO["dense, relu"][0]))
     with pytest.raises(ValueError, match="guarantee: got 'estimate', want 'probabilistic' or 'deterministic'"):
         ll.checked(model, guarantee="estimate")
+    with pytest.raises(ValueError, match="x: got NaN or infinite values"):
+        ll.checked(model)(torch.full((1, 6), torch.nan))
     with pytest.raises(TypeError, match="x: got"):
         ll.checked(model)(torch.ones(2, 6, dtype=torch.int64))
     with pytest.raises(ll.UnsupportedModuleError):

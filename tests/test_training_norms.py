@@ -348,7 +348,7 @@ WIDER = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"y": None}, TypeError, "y: got NoneType, want a torch.int64 tensor"),
+        ({"y": None}, TypeError, "y: got None with norms, want "),
         ({"y": labels(11)}, ValueError, r"y: got shape \(11,\), want \(12,\)"),
         ({"y": labels(12, 4)}, ValueError, r"y: got labels in \[0, 3\], want \[0, 3\)"),
         ({"norms": 3}, TypeError, "norms: got int, want a locallip_cuda.TrainingNorms or None"),

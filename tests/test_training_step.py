@@ -443,3 +443,18 @@ def _move(out: Path, monkeypatch: pytest.MonkeyPatch, devices: list[str]) -> Non
         for state in trainer.optimiser.state.values():
             assert state["step"].device.type == device and state["step"] == 5 * done + (5 if last else 3)
     assert len(trainer.history) == len(devices)
+
+
+def test_batch_norm_keeps_its_statistics() -> None:
+    """Those of a batch mix its samples, and have no bound."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    objective = Objective(model, NUMBERS)
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    for _ in range(2):
+        assert model.training and not model[1].training
+        loss, _ = objective(x, y, 0.1, 0.5)
+        loss.backward()
+        objective.eval()
+        objective.train()
+    assert model[1].running_mean.eq(0).all() and model[1].weight.grad.ne(0).any()

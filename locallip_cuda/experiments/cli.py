@@ -404,6 +404,7 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
     )
     if workers.rank == 0:
         title = f"{stored.network}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
+        title += "" if arguments.execution == "real" else f", as it runs in {arguments.execution}"
         print(report.table(measurement, title))
         environment = {**report.environment(device), "processes": workers.count}
         context = {"command": ["locallip", *command], **context, "environment": environment}
@@ -431,6 +432,8 @@ def _audit(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     file: Path = arguments.file / witness.NAME if arguments.file.is_dir() else arguments.file
     read = witness.read(file)
     path = _checkpoint(arguments.checkpoint or file.parent)
+    if arguments.checkpoint is None and not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file; --checkpoint says where the network's is")
     model, stored, _ = load_model(path, arguments.model)
     name = models.spec(stored.preset).data
     compared = arguments.data is not None or name == "digits"

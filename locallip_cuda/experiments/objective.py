@@ -80,8 +80,17 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.precision = precision
         self.bound = "local"
+        self.train()
         first = next(model.parameters()).new_zeros(1, *models.spec(recipe.preset).input_shape)
         self.norms = None if recipe.iterations else TrainingNorms(model, first, window=recipe.window)
+
+    def train(self, mode: bool = True) -> Objective:
+        """As for any module, but that BatchNorm keeps its statistics: those of a batch have no bound."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def bounds(self, x: Tensor, y: Tensor, eps: float | Tensor) -> LocalBounds:
         """What the certified loss is of."""

@@ -451,7 +451,7 @@ class _Lowering:
         name = _name(of.function)
         takes = len(of.reads())
         of_two = f" of {takes} values" if takes > 1 else ""
-        known = "; want other functions, or a rule for this one"
+        known = "; want other functions, or a rule for this one (ll.rule)"
         return UnsupportedModuleError(f"{at(node.path)}: {name}{of_two} has no bound{known}")
 
 
