@@ -30,7 +30,7 @@ def layer(weight: Tensor, bias: Tensor | None = None) -> Layer:
     """A dense one."""
     dense = Dense(weight)
     size = None if bias is None else bias.abs()
-    return Layer("", [Term(0, dense, "", dense)], bias, size, 0, IDENTITY, "", dense.output_sizes)
+    return Layer("", [Term(0, dense, "", dense)], bias, size, 0, 0.0, IDENTITY, "", dense.output_sizes)
 
 
 numbers = st.floats(-1e18, 1e18, allow_subnormal=True) | st.sampled_from([0.0, 1.0, -1.0, 1e16, -1e16, 0.1, 5e-324])
