@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,11 @@ from .propagation.proof import Fact as ProvedFact
 from .propagation.proof import Proof, check_provable, gains, last_weight, proved_lengths, term_norm
 from .propagation.proof import affine as proved_affine
 from .propagation.recursion import ChainBound, LayerBound
+from .propagation.trace import Trace
 from .propagation.training_norms import TrainingNorms
 from .rounding import textbook_products, up
+
+_Bounds = TypeVar("_Bounds", bound="LocalBounds")
 
 
 @dataclass(eq=False)
@@ -462,9 +465,18 @@ def _as_it_runs(
     return model, x, off, arithmetic
 
 
-def _radius_of_proof(eps: float | Tensor, x: Tensor, off: float) -> Tensor:
-    radius = _radius_of_input(eps, x.double())
-    return up(radius + off) if off else radius
+def _widened(radius: Tensor, off: float) -> Tensor:
+    """``radius`` (B,) for a centre that is ``off``; an estimate's is rounded to nearest."""
+    if not off:
+        return radius
+    return up(radius + off) if radius.dtype == torch.float64 else radius + off
+
+
+def _agreed(model: nn.Module, trace: Trace, x: Tensor, bounds: _Bounds, *, proof: bool) -> _Bounds:
+    """``bounds``, whose clean logits are those of ``model(x)`` where that is to be compared."""
+    if agreement.is_due(model, x, proof=proof):
+        agreement.check(model, trace, x, bounds.logits)
+    return bounds
 
 
 def _in_float64(model: nn.Module) -> nn.Module:
@@ -550,24 +562,20 @@ def local_bounds(
             if y is None:
                 raise TypeError(f"y: got None with norms, want ({len(x)},) int64 labels, by which norms start")
             _check_labels(y, len(x), classes)
-        at_input = _radius_of_input(eps, x) + off
+        at_input = _widened(_radius_of_input(eps, x), off)
         estimate = Estimate(radius, iterations, norms, y, window=window)
         estimated = _estimated(graph, estimate, estimate.run(graph, x, at_input), at_input)
-        if agreement.is_due(model, x, proof=False):
-            agreement.check(model, trace, x, estimated.logits)
-        return estimated
+        return _agreed(model, trace, x, estimated, proof=False)
     with torch.no_grad(), textbook_products(x.device.type):
         graph = lowered(trace, torch.float64, proof=True)
         check_provable(model, trace, graph)
         if norms is not None:
             _check_norms(norms, graph, window, guarantee)
-        at_input = _radius_of_proof(eps, x, off)
+        at_input = _widened(_radius_of_input(eps, x.double()), off)
         count = sum(_norms(graph, window)) + _unmasked_norms(graph, window)
         proof = Proof(radius, guarantee, failure_probability, seed, count, window=window, arithmetic=arithmetic)
         bounds = _proved(graph, proof, proof.run(graph, x, at_input), at_input, failure_probability)
-        if agreement.is_due(model, x, proof=True):
-            agreement.check(model, trace, x, bounds.logits)
-        return bounds
+        return _agreed(model, trace, x, bounds, proof=True)
 
 
 def global_bounds(
@@ -612,24 +620,19 @@ def global_bounds(
         graph = lowered(trace, x.dtype)
         if training is not None:
             _check_norms(training, graph, window)
-        radius = _radius_of_input(eps, x) + off
+        radius = _widened(_radius_of_input(eps, x), off)
         plain = Global(iterations, training, window=window)
-        bounds = _estimated(graph, plain, plain.run(graph, x, radius), radius)
-        if agreement.is_due(model, x, proof=False):
-            agreement.check(model, trace, x, bounds.logits)
-        return bounds
+        return _agreed(model, trace, x, _estimated(graph, plain, plain.run(graph, x, radius), radius), proof=False)
     with torch.no_grad(), textbook_products(x.device.type):
         graph = lowered(trace, torch.float64, proof=True)
         check_provable(model, trace, graph)
         if training is not None:
             _check_norms(training, graph, window, guarantee)
-        radius = _radius_of_proof(eps, x, off)
+        radius = _widened(_radius_of_input(eps, x.double()), off)
         count = sum(_norms(graph, window))
         proof = GlobalProof(guarantee, failure_probability, seed, count, kept, window=window, arithmetic=arithmetic)
-        proved = _proved(graph, proof, proof.run(graph, x, radius), radius, failure_probability)
-        if agreement.is_due(model, x, proof=True):
-            agreement.check(model, trace, x, proved.logits)
-        return proved
+        bounds = _proved(graph, proof, proof.run(graph, x, radius), radius, failure_probability)
+        return _agreed(model, trace, x, bounds, proof=True)
 
 
 def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps: Tensor) -> LocalBounds:

@@ -309,3 +309,17 @@ def test_activations_in_float32_are_as_right_as_assumed(function: Callable[[Tens
     real = function(x.double())
     off = (function(x).double() - real).abs()
     assert (off <= COMPUTED_ERROR * 2.0**-24 * (1 + real.abs())).all()
+
+
+@pytest.mark.parametrize("bounds", [ll.local_bounds, ll.global_bounds])
+@pytest.mark.parametrize("execution", ["float64", "float32"])
+def test_no_samples_and_no_radius(execution: str, bounds: Callable[..., ll.ProvedBounds]) -> None:
+    model = in_float32(ZOO["dense, clipped-relu"][0])
+    more = {"guarantee": "deterministic", "execution": execution}
+    assert bounds(model, torch.rand(0, 6), EPS, **more).margin().shape == (0,)
+    x = torch.cat([torch.zeros(1, 6), zoo_input("dense, clipped-relu", 3).float()])
+    point, real = bounds(model, x, 0.0, **more), exact(model, x)
+    clean = real.topk(2, 1).values
+    gap = clean[:, 0] - clean[:, 1]
+    assert (point.margin() < gap).all()
+    torch.testing.assert_close(point.margin(), gap, rtol=1e-3, atol=1e-4)

@@ -29,8 +29,9 @@ L the constant of the activation, which is exact where it chooses, and adds its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ class Running:
 
     def start(self, x: Tensor, eps: Tensor) -> Computed:
         """Of the input, any number of the type within ``eps`` (B,)."""
-        magnitude = up(x.abs() + _column(eps, x))
+        magnitude = up(x.abs() + column(eps, x))
         return Computed(torch.zeros_like(x), torch.zeros_like(eps), magnitude)
 
     def affine(self, layer: Layer, inputs: Sequence[Input]) -> tuple[Tensor, Tensor]:
@@ -144,7 +145,7 @@ class Running:
             state, count = self._through(term.parts, state)
             size = up(size + torch.minimum(state[0], up(state[1] + own.reach)))
             near, under = up(near + state[2]), up(under + state[3])
-            far = up(far + up(own.rows * _column(c.distance, far)))
+            far = up(far + up(own.rows * column(c.distance, far)))
             # bias_terms has the roundings of all maps, those that only add a constant too
             others = max(layer.bias_terms - term.parts.terms - term.parts.roundings, 0)
             roundings = torch.maximum(roundings, count + others + len(inputs) + PER_MAP)
@@ -152,14 +153,14 @@ class Running:
         if layer.bias_size is not None:
             size = up(size + layer.bias_size.abs() * (1 + gamma(layer.bias_terms + 8)) + TINY)
         self.within &= size.flatten(1).amax(1) < self.arithmetic.largest / 4
-        eta = up(up(size * _column(self.arithmetic.relative(roundings), size)) + under)
+        eta = up(up(size * column(self.arithmetic.relative(roundings), size)) + under)
         return eta, up(eta + torch.minimum(near, far))
 
     def _through(self, linear: LinearMap, state: Tensor) -> tuple[Tensor, Tensor]:
         """|A| of a stack (4, B, *), of which the last is what underflow does, and the roundings of each sample."""
         batch = state.shape[1]
         if isinstance(linear, (Identity, Rearrangement)):
-            return self._applied(linear, state), state.new_zeros(batch)
+            return _stacked(linear, state), state.new_zeros(batch)
         if isinstance(linear, Composed):
             total = state.new_zeros(batch)
             for part in linear.maps:
@@ -178,24 +179,13 @@ class Running:
             terms = (state[0] > 0).sum(1).double()
         weight = max(float(each.abs().max()) for each in linear.weights())
         most = state[0].flatten(1).amax(1)
-        out = self._applied(linear.absolute(), state)
-        spread = 1 + gamma(linear.terms + 2 * linear.roundings + 16)
-        out = up(out * spread + 4 * (linear.terms + 4) * TINY)
+        out = _stacked(partial(of_sizes, linear), state)
         # results, operands and entries that are denormal may count as zeros
         under = a.tiny * (linear.terms + PER_MAP) * (4 + most + weight)
-        out = torch.cat([out[:3], up(out[3:] + _column(up(under), out[3]))])
+        out = torch.cat([out[:3], up(out[3:] + column(up(under), out[3]))])
         largest = torch.maximum(out[0], out[1]).flatten(1).amax(1)
         self.within &= (largest < a.largest / 4) & (most < a.largest / 4) & (weight < a.largest / 4)
         return out, terms + linear.roundings + PER_MAP
-
-    def _applied(self, linear: LinearMap, state: Tensor) -> Tensor:
-        flat = state.flatten(0, 1)
-        if isinstance(linear, (Dense, Convolution)):
-            weight, inner, _, geometry = linear.planar()
-            flat = ops.affine(flat.reshape(len(flat), *inner), weight, None, *geometry)
-        else:
-            flat = linear(flat)
-        return flat.reshape(*state.shape[:2], *linear.output_sizes)
 
     def closed(
         self,
@@ -236,7 +226,7 @@ class Running:
         if error is not None:
             distance = up(distance + length(error.expand_as(most)))
             out = None if out is None else up(out + error)
-        limit = _column(distance, most).expand_as(most)
+        limit = column(distance, most).expand_as(most)
         magnitude = most if error is None else up(most + error)
         if out is None:
             magnitude = up(magnitude + limit)
@@ -266,11 +256,31 @@ def widened(lower: Tensor, upper: Tensor, apart: Tensor) -> tuple[Tensor, Tensor
 
 def length(t: Tensor) -> Tensor:
     """(B,) at least the l2 norms of (B, *)."""
-    flat = t.flatten(1)
+    flat = t.flatten(1).abs()
     largest = flat.amax(1).clamp_min(2.0**-1000).nan_to_num(posinf=2.0**1000).clamp_max(2.0**1000)
     scaled = up(flat / largest.unsqueeze(1))  # squares neither overflow nor vanish
     squares = scaled.square().sum(1) * (1 + gamma(flat.shape[1] + 8)) + flat.shape[1] * TINY
     return up(up(up(squares).sqrt() * (1 + 4 * UNIT)) * largest)
+
+
+def applied(linear: LinearMap, x: Tensor) -> Tensor:
+    """A x of one kernel, by the op, which keeps cuDNN out."""
+    if not isinstance(linear, (Dense, Convolution)):
+        return linear(x)
+    weight, inner, _, geometry = linear.planar()
+    return ops.affine(x.reshape(len(x), *inner), weight, None, *geometry).reshape(len(x), *linear.output_sizes)
+
+
+def of_sizes(linear: LinearMap, sizes: Tensor) -> Tensor:
+    """At least |A| ``sizes`` of one kernel, of sizes >= 0."""
+    spread = applied(linear.absolute(), sizes)
+    return up(spread * (1 + gamma(linear.terms + 2 * linear.roundings + 16)) + 4 * (linear.terms + 4) * TINY)
+
+
+def _stacked(function: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+    """A function of batches, of each of a stack (n, B, *)."""
+    out = function(state.flatten(0, 1))
+    return out.view(*state.shape[:2], *out.shape[1:])
 
 
 def rows_of_sizes(term: Term, columns: Tensor) -> Tensor:
@@ -299,5 +309,6 @@ def pairs_apart(
     return torch.cat(parts) if parts else distance.new_zeros(0, len(weight))
 
 
-def _column(t: Tensor, like: Tensor) -> Tensor:
+def column(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) or (1,) as what broadcasts to ``like`` (B, *)."""
     return t.view(-1, *[1] * (like.dim() - 1))

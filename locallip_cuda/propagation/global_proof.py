@@ -14,7 +14,7 @@ from torch import Tensor
 from ..norms.linear import Identity, LinearMap, same
 from ..rounding import down, up
 from .composition import Chain, folded_map
-from .execution import Arithmetic
+from .execution import Arithmetic, column
 from .graph import Layer, Term
 from .proof import Fact, Proof, Rounded, affine, stage_of
 from .rules import Lipschitz
@@ -74,7 +74,7 @@ class GlobalProof(Proof):
         self.record(layer, nothing, taken, rows, columns, None)
         computed = None
         if running is not None:
-            ball = up(up(values.abs() + error) + radius.view(-1, *[1] * (values.dim() - 1)))
+            ball = up(up(values.abs() + error) + column(radius, values))
             largest = ball if isinstance(layer.activation, Lipschitz) else activation.largest(*box)
             computed = running.closed(layer, inputs, norms, eta, apart, rows, columns, largest)
         return Fact(values, error, None, None, radius, None, computed)

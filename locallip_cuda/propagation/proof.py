@@ -24,11 +24,24 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap, Rearrangement, Sum
+from ..norms.linear import Composed, Dense, Identity, LinearMap, Rearrangement, Sum
 from ..norms.linear_bound import CHAIN_UNDERFLOW, Stage, absolute_norm, product_off_by, proved_chain_norm, proved_norm
 from ..rounding import TINY, UNIT, down, gamma, up
 from .composition import Chain, folded_map
-from .execution import Arithmetic, Computed, Input, Running, joined_computed, rows_of_sizes, viewed_computed, widened
+from .execution import (
+    Arithmetic,
+    Computed,
+    Input,
+    Running,
+    applied,
+    column,
+    joined_computed,
+    length,
+    of_sizes,
+    rows_of_sizes,
+    viewed_computed,
+    widened,
+)
 from .functional import Functional, Lengths
 from .graph import Graph, Joined, Layer, Term, UnsupportedModuleError, View, joined_radius
 from .recursion import Pass, joined_mask, viewed_mask
@@ -56,18 +69,6 @@ def _centred(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     return centre, torch.maximum(up(upper - centre), up(centre - lower))
 
 
-def _column(t: Tensor, like: Tensor) -> Tensor:
-    return t.view(-1, *[1] * (like.dim() - 1))
-
-
-def _apply(linear: LinearMap, x: Tensor) -> Tensor:
-    """A x of one kernel, by the op, which keeps cuDNN out."""
-    if not isinstance(linear, (Dense, Convolution)):
-        return linear(x)
-    weight, inner, _, geometry = linear.planar()
-    return ops.affine(x.reshape(len(x), *inner), weight, None, *geometry).reshape(len(x), *linear.output_sizes)
-
-
 def enclosed(linear: LinearMap, centre: Tensor, half_width: Tensor) -> tuple[Tensor, Tensor]:
     """Centre and half-width of what a map in float64 makes of a box."""
     if isinstance(linear, (Identity, Rearrangement)):
@@ -80,8 +81,8 @@ def enclosed(linear: LinearMap, centre: Tensor, half_width: Tensor) -> tuple[Ten
         boxes = [enclosed(part, centre, half_width) for part in linear.maps]
         return _sum(boxes)
     relative = gamma(linear.terms + linear.roundings + 8)
-    out = _apply(linear, centre)
-    spread = _apply(linear.absolute(), up(half_width + relative * centre.abs() * (1 + 4 * UNIT)))
+    out = applied(linear, centre)
+    spread = applied(linear.absolute(), up(half_width + relative * centre.abs() * (1 + 4 * UNIT)))
     return out, up(spread * (1 + gamma(linear.terms + linear.roundings + 16)) + 4 * (linear.terms + 4) * TINY)
 
 
@@ -106,8 +107,7 @@ def magnitude(linear: LinearMap, sizes: Tensor) -> Tensor:
         for part in linear.maps[1:]:
             total = up(total + magnitude(part, sizes))
         return total
-    spread = _apply(linear.absolute(), sizes)
-    return up(spread * (1 + gamma(linear.terms + 2 * linear.roundings + 16)) + 4 * (linear.terms + 4) * TINY)
+    return of_sizes(linear, sizes)
 
 
 def affine(terms: Sequence[Term], layer: Layer, boxes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ def _computed_input(term: Term, fact: Fact, columns: Tensor, of_rows: Tensor) ->
     """Of a fact with what runs beside it; of_rows: :func:`row_norms` for ``columns``."""
     assert fact.computed is not None
     sizes = of_rows if term.linear is term.parts else rows_of_sizes(term, columns)
-    reach = up(_column(fact.radius, sizes) * sizes)
+    reach = up(column(fact.radius, sizes) * sizes)
     return Input(up(fact.values.abs() + fact.error), fact.computed, reach, of_rows)
 
 
@@ -206,8 +206,7 @@ class Rounded:
         found = self(values)  # the middle would drift with the error
         off = torch.maximum(up(most - found), up(found - least))
         if black_box:
-            moved = up(error.flatten(1).square().sum(1) * (1 + gamma(error[0].numel() + 8)) + TINY).sqrt()
-            off = up(off + _column(up(up(moved) * self.activation.lipschitz), off))
+            off = up(off + column(up(length(error) * self.activation.lipschitz), off))
         return found, off
 
     def largest(self, lower: Tensor, upper: Tensor) -> Tensor:
@@ -351,7 +350,7 @@ class Proof(Pass[Fact]):
         radius = self.radius(layer, [fact.radius for fact in facts], varying, growth, rows)
         self.record(layer, varying, norms, rows, columns, slack)
         if black_box:
-            half_width = up(half_width + _column(radius, half_width))
+            half_width = up(half_width + column(radius, half_width))
         computed = None
         if running is not None:
             largest = rounded.largest(*wide) if not black_box else up(values.abs() + half_width)
@@ -367,7 +366,7 @@ class Proof(Pass[Fact]):
             if fact.columns is not None and self.local:
                 considered = fact.columns.double()
             of_rows = row_norms(term, considered)
-            own = up(_column(fact.radius, of_rows) * of_rows)
+            own = up(column(fact.radius, of_rows) * of_rows)
             reach = own if reach is None else up(reach + own)
             if fact.computed is not None:
                 inputs.append(_computed_input(term, fact, considered, of_rows))
@@ -484,30 +483,24 @@ def proved_lengths(stages: Mapping[Layer, Stage], weight_error: Tensor | None) -
     What a direction is off by, e, and its computed length g become nu (e + (gamma(n) + f) (g + e)) behind a map whose
     transpose has n terms, and whose entries are off by f of their sizes |A|, with nu of at least || |A| ||.
     """
-    wrong = 0.0 if weight_error is None else 2 * float(_long(weight_error.unsqueeze(0)).max())
+    wrong = 0.0 if weight_error is None else 2 * float(length(weight_error).max())
 
     def lengths(of: Functional, directions: Tensor, samples: slice) -> list[Tensor]:
         found: list[Tensor] = []
         error = torch.zeros(directions.shape[:2], dtype=torch.float64, device=directions.device)
         for i, g in enumerate(of.images(directions, samples)):
+            long = length(g.flatten(0, 1)).view(error.shape)
             if i:
                 term, nu = of.steps[i - 1].layer.terms[0], stages[of.steps[i - 1].layer].absolute
                 off = gamma(term.linear.adjoint_terms + 8) + (_folding(term) if _is_computed(term) else 0.0)
                 error = up(up(error + up(off * found[-1]) * (1 + 4 * UNIT)) * nu) * (1 + 8 * UNIT)
                 error = up(error + g[0, 0].numel() * CHAIN_UNDERFLOW)
             else:
-                error = up(4 * UNIT * _long(g) + wrong) * (1 + 4 * UNIT) + CHAIN_UNDERFLOW
-            found.append(up(_long(g) + error))
+                error = up(4 * UNIT * long + wrong) * (1 + 4 * UNIT) + CHAIN_UNDERFLOW
+            found.append(up(long + error))
         return found
 
     return lengths
-
-
-def _long(g: Tensor) -> Tensor:
-    """(N, k) at least the lengths of (N, k, *)."""
-    flat = g.flatten(2)
-    squares = flat.square().sum(2) * (1 + gamma(flat.shape[2] + 8)) + flat.shape[2] * TINY
-    return up(up(squares).sqrt() * (1 + 4 * UNIT))
 
 
 def last_weight(term: Term) -> tuple[Tensor, Tensor | None]:
