@@ -1,10 +1,12 @@
-"""The command line: ``locallip train PRESET``, ``certify CHECKPOINT``, ``audit WITNESS``, ``info``."""
+"""The command line: ``locallip train``, ``compare``, ``certify``, ``audit``, ``info``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import os
 import secrets
 import shlex
 import signal
@@ -20,7 +22,7 @@ from ..build_info import build_info
 from ..norms.masked_norm import GUARANTEES, check_guarantee
 from ..propagation.execution import EXECUTIONS
 from ..propagation.graph import UnsupportedModuleError
-from . import checkpoint, data, evaluation, models, report, sequential, witness
+from . import checkpoint, comparison, comparison_report, data, evaluation, models, report, sequential, witness
 from .checkpoint import CheckpointError
 from .distributed import Workers
 from .journal import Journal
@@ -28,6 +30,8 @@ from .network import load_model
 from .objective import PRECISIONS, set_precision
 from .recipes import OF_DATA, PRESETS, Recipe, recipe
 from .trainer import Interrupted, Settings, Trainer, TrainingError
+
+NO_PLOT = 'No plot: matplotlib is not installed (pip install "locallip-cuda[plot]").'
 
 
 class RefutedError(Exception):
@@ -91,11 +95,11 @@ def _defaults(name: str) -> str:
     return "; ".join(f"{value} for {', '.join(presets)}" for value, presets in users.items())
 
 
-def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+def _add_recipe_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     group = parser.add_argument_group("the recipe's numbers", "Each has the preset's value unless given here.")
     types = get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
-        if field.name in ("preset", "model"):
+        if field.name in ("preset", "model", *without):
             continue
         options: dict[str, Any] = {
             "default": argparse.SUPPRESS,
@@ -161,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_recipe_options(trainer)
     trainer.set_defaults(run=_train)
+
+    _add_compare(commands)
 
     certifier = commands.add_parser(
         "certify",
@@ -254,6 +260,108 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="say what the extension was built for")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_compare(commands: Any) -> None:
+    comparer = commands.add_parser(
+        "compare",
+        help="train a network against several bounds and losses, and certify all alike",
+        description="Train the preset's network in several ways, with the same seeds, epochs and batches, certify all "
+        "under one guarantee, and put them into one table. Writes compare.md, compare.json and compare.png; every run "
+        "is in a folder of its own, and compare.md has the commands that repeat it. A comparison that is stopped goes "
+        "on where it was when the same command is given again, and one with more rows or seeds takes what is done.",
+    )
+    comparer.add_argument("preset", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
+    rows = "; ".join(f"{name}, {row.about}" for name, row in comparison.ROWS.items())
+    comparer.add_argument(
+        "--rows",
+        nargs="+",
+        choices=comparison.ROWS,
+        default=list(comparison.ROWS),
+        metavar="ROW",
+        help=f"ways to train: {rows} (default: all)",
+    )
+    comparer.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of each row (default: 0 1 2)"
+    )
+    comparer.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    comparer.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: runs/compare-PRESET)")
+    comparer.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time (default: one a GPU, or one a processor, with a thread each)",
+    )
+    comparer.add_argument("--device", type=_device, help="cpu or cuda (default: cuda where there is one)")
+    comparer.add_argument("--precision", choices=PRECISIONS, default="fp32", help="as for train (default: fp32)")
+    comparer.add_argument(
+        "--guarantee",
+        choices=GUARANTEES,
+        default="probabilistic",
+        metavar="NAME",
+        help="what to certify under: estimate, probabilistic or deterministic (default: probabilistic)",
+    )
+    comparer.add_argument("--limit", type=int, metavar="N", help="only the first N test samples (default: all)")
+    comparer.add_argument(
+        "--attack-steps", type=int, default=100, metavar="N", help="steps of the attack, each eps / 4 (default: 100)"
+    )
+    _add_recipe_options(comparer, without=comparison.DECIDED)
+    comparer.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    for name, least in (("jobs", 1), ("limit", 1), ("attack_steps", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    _check_data(arguments.preset, arguments.data)
+    out: Path = arguments.out or Path("runs") / f"compare-{arguments.preset}"
+    checkpoint.make_folder(out)
+    device = _choose_device(arguments.device)
+    fields = [f.name for f in dataclasses.fields(Recipe) if f.name != "preset"]
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
+    base = recipe(arguments.preset).replace(**given)
+    where = ["--data", str(arguments.data)] if arguments.data else []
+    certifying = [*where, "--guarantee", arguments.guarantee, "--attack-steps", str(arguments.attack_steps)]
+    certifying += ["--limit", str(arguments.limit)] if arguments.limit else []
+    runs = comparison.runs(
+        list(dict.fromkeys(arguments.rows)),
+        list(dict.fromkeys(arguments.seeds)),
+        base,
+        out,
+        given=given,
+        training=[*where, "--precision", arguments.precision],
+        certifying=certifying,
+    )
+    if device.type == "cuda":
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        at_a_time, threads = arguments.jobs or len(gpus), 0
+        devices = [gpus[i % len(gpus)] for i in range(at_a_time)]
+    else:
+        processors = len(os.sched_getaffinity(0))
+        at_a_time = arguments.jobs or min(processors, len(runs))
+        devices, threads = ["cpu"] * at_a_time, max(1, processors // at_a_time)
+    work = comparison.Comparison(runs, devices, threads, say=functools.partial(print, flush=True))
+    print(f"{len(runs)} runs, {at_a_time} at a time, in {out}", flush=True)
+    try:
+        work.work()
+    except comparison.Stopped as stop:
+        print("Stopped. The same command goes on from what is done.")
+        return 128 + stop.number
+    rows = comparison_report.collected([run for run in runs if run.name not in work.failed])
+    if rows:
+        title = f"{arguments.preset}, {base.epochs} epochs, l2 radius {base.eps:.4g}, {len(arguments.seeds)} seeds"
+        text = comparison_report.table(rows, title, arguments.guarantee)
+        print(text)
+        comparison_report.write(out, rows, text, {"command": ["locallip", *command]})
+        drawn = comparison_report.plot(out / "compare.png", rows, title, base.eps)
+        written = ["compare.md", "compare.json", *(["compare.png"] if drawn else [])]
+        print(f"Written: {', '.join(str(out / name) for name in written)}")
+        if not drawn:
+            print(NO_PLOT)
+    if work.failed:
+        raise comparison.CompareError(f"{len(work.failed)} of {len(runs)} runs failed: {', '.join(work.failed)}")
+    return 0
 
 
 def _recipe(arguments: argparse.Namespace, out: Path) -> Recipe:
@@ -413,7 +521,7 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
             print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
         else:
             print(f"Written: {out / 'certify.json'}")
-            print('No plot: matplotlib is not installed (pip install "locallip-cuda[plot]").')
+            print(NO_PLOT)
         if recorder is not None:
             composed = " by products of norms; those by composed norms are not in it" if window > 1 else ""
             print(f"Written: {recorder.path}, {recorder.finish()} deterministic certificates{composed}.")
@@ -485,7 +593,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = str(error), 2
     except FileExistsError as error:
         message, code = f"{error} (--resume, --overwrite, --out)", 2
-    except (OSError, ImportError, RefutedError, TrainingError) as error:
+    except (OSError, ImportError, RefutedError, TrainingError, comparison.CompareError) as error:
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT

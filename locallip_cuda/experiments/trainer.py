@@ -8,6 +8,7 @@ statistics and the random states of every process.
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import sys
 import time
@@ -143,6 +144,7 @@ class Trainer:
         self.optimiser = adam(self.model.parameters(), recipe.learning_rate, capture=self.capture)
         self.epoch = self.step = 0
         self.seconds = 0.0
+        self.memory = 0  # peak in bytes, of tensors on a GPU, of the process on a CPU
         self.history: list[dict[str, float]] = []
         # Asked now: the package may be installed anew while a long run goes on.
         self.versions = {"locallip_cuda": build_info()["version"], "torch": torch.__version__}
@@ -172,6 +174,7 @@ class Trainer:
             "recipe": self.recipe.to_dict(),
             "position": {"epoch": self.epoch, "step": self.step},
             "seconds": self.seconds,
+            "memory": self._peak_of_memory(),
             "history": self.history,
             "samples": len(self.training_set),
             "processes": self.workers.count,
@@ -181,6 +184,15 @@ class Trainer:
         }
         checkpoint.save(self.path, tensors, config)
 
+    def _peak_of_memory(self) -> int:
+        """Of all processes so far that worked at the run."""
+        if self.settings.device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self.settings.device)
+        else:
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.memory = max(self.memory, now)
+        return self.memory
+
     def _restore(self) -> None:
         tensors, config = checkpoint.load(self.path)
         try:
@@ -188,6 +200,7 @@ class Trainer:
             position, samples = config["position"], int(config["samples"])
             self.epoch, self.step = int(position["epoch"]), int(position["step"])
             self.seconds, self.history = float(config["seconds"]), list(config["history"])
+            self.memory = int(config.get("memory", 0))  # earlier versions kept none
             processes = int(config["processes"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: its configuration is not a training run's ({error})") from error
@@ -344,7 +357,7 @@ class Trainer:
             "eps": recipe.radius_at(end),
             "learning_rate": recipe.learning_rate_at(end),
         }
-        record = {"epoch": float(self.epoch), **means, **schedule, "samples_per_second": speed}
+        record = {"epoch": float(self.epoch), "seconds": self.seconds, **means, **schedule, "samples_per_second": speed}
         text = f"epoch {self.epoch}/{recipe.epochs}: {_line(means)} at eps {schedule['eps']:.3g}"
         if schedule["eps"]:
             seen = closeness(self.objective, self.training_set, schedule["eps"])
