@@ -68,10 +68,32 @@ def test_composed_norms_beside_the_product(trained: Trained, tmp_path: Path) -> 
     assert m.curve_composed[0] == m.clean
     assert all(own >= row[1] for own, row in zip(m.curve_composed, m.curve_estimate, strict=True))
     assert any(own > row[1] for own, row in zip(m.curve_composed, m.curve_estimate, strict=True))
-    assert "certified (probabilistic), local bound, 4 maps composed" in report.table(m, "title")
+    assert "certified (probabilistic), local bound, up to 4 maps composed" in report.table(m, "title")
     assert report.plot(tmp_path / "plot.png", m, "title")
     with pytest.raises(ValueError, match="window is 4 and radius 'global'"):
         measure(trained, tmp_path, radius="global", window=4)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_the_global_bound_alone(trained: Trained, tmp_path: Path, window: int) -> None:
+    """Its figures are those of global_bounds, product and composed, and its table has no local one."""
+    settings = {"iterations": 30, "attack_steps": 5, "guarantees": ["probabilistic"], "window": window}
+    m = measure(trained, tmp_path, bound="global", **settings)
+    model, dataset = trained
+    x, y = dataset.batch(torch.arange(200), torch.device("cpu"))
+    correct = model(x).argmax(1) == y
+    with torch.no_grad():
+        product = correct & (global_bounds(model, x, EPS, iterations=30).margin(y) > 0)
+        proved = correct & (global_bounds(model, x, EPS, guarantee="probabilistic", window=window).margin(y) > 0)
+    assert m.certified["estimate"].accuracy == pytest.approx(product.float().mean().item())
+    found = m.composed if window > 1 else m.certified
+    assert found["probabilistic"].accuracy == pytest.approx(proved.float().mean().item(), abs=1.5 / 200)
+    assert found["probabilistic"].accuracy == pytest.approx(found["estimate"].accuracy, abs=1.5 / 200)
+    assert {sample["guarantees"]["estimate"]["bound"] for sample in m.per_sample} == {"global"}
+    assert m.curve_estimate[4][1] == m.curve_estimate[4][2]
+    text = report.table(m, "title")
+    assert "certified (probabilistic), global bound" in text and "local" not in text
+    assert report.plot(tmp_path / "plot.png", m, "title")
 
 
 def test_proofs(trained: Trained, measured: evaluation.Measurement) -> None:

@@ -28,7 +28,7 @@ from .distributed import Workers
 from .journal import Journal
 from .network import load_model
 from .objective import PRECISIONS, set_precision
-from .recipes import OF_DATA, PRESETS, Recipe, recipe
+from .recipes import OF_DATA, PRESETS, RADII, Recipe, recipe
 from .trainer import Interrupted, Settings, Trainer, TrainingError
 
 NO_PLOT = 'No plot: matplotlib is not installed (pip install "locallip-cuda[plot]").'
@@ -206,6 +206,13 @@ def _parser() -> argparse.ArgumentParser:
         default=1e-9,
         metavar="X",
         help="of a probabilistic certificate, for one sample (default: 1e-9)",
+    )
+    certifier.add_argument(
+        "--bound",
+        choices=RADII,
+        default="local",
+        help="local; or global alone, whose norms are proved once for all samples: what certifies a network that is "
+        "trained against it, and a large test set in minutes, with a large --batch-size (default: local)",
     )
     certifier.add_argument(
         "--save",
@@ -469,6 +476,7 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
         "data": {"name": name, "split": "test", "crc32": report.checksum(dataset)},
         "settings": {
             "eps": eps,
+            "bound": arguments.bound,
             "window": window,
             "guarantees": arguments.guarantee,
             "execution": arguments.execution,
@@ -497,6 +505,7 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
         dataset,
         eps,
         journal,
+        bound=arguments.bound,
         radius=stored.radius,
         window=window,
         guarantees=arguments.guarantee,

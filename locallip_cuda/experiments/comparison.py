@@ -129,7 +129,8 @@ def runs(
             ]
             options = [part for name in decided for part in _option(name, wanted[name])]
             train = ("train", base.preset, *options, *training, "--out", str(folder))
-            found.append(Run(row, seed, folder, train, ("certify", str(folder), *certifying)))
+            bound = ("--bound", "global") if ROWS[row].globally else ()
+            found.append(Run(row, seed, folder, train, ("certify", str(folder), *bound, *certifying)))
     return found
 
 

@@ -67,6 +67,8 @@ class Measurement:
 
     Attributes:
         clean, attacked: accuracy without attack, and under projected gradient descent within the radius.
+        bound: "local", or "global" where no local bound was asked for: what is said to be local below is then the
+            global bound's, by the product and with composed norms.
         window: how many maps in a row were composed in ``composed``; 1 for none.
         execution: "real", or the type in which the proofs speak of what ``model(x)`` computes, too.
         certified: what each guarantee gave, with the local Lipschitz bound as a product of norms, on samples that its
@@ -91,6 +93,7 @@ class Measurement:
 
     samples: int
     eps: float
+    bound: str
     window: int
     execution: str
     clean: float
@@ -155,6 +158,7 @@ class _Examiner:
         self,
         model: nn.Module,
         eps: float,
+        bound: Literal["local", "global"],
         radius: Literal["local", "global"],
         window: int,
         proofs: Sequence[str],
@@ -170,7 +174,7 @@ class _Examiner:
     ) -> None:
         self.witness = witness
         self.model, self.eps, self.radius, self.proofs = model, eps, radius, proofs
-        self.window, self.execution = window, execution
+        self.bound, self.window, self.execution = bound, window, execution
         self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
         self.seed, self.proof_seed, self.seconds, self.bar = seed, proof_seed, seconds, bar
         self.global_norms = ProvedNorms()
@@ -238,7 +242,7 @@ class _Examiner:
             sure = proof.margin > 0
             left[samples] = ~sure
             for k, i in enumerate(samples.tolist()):
-                if sure[k] or name != "global":
+                if sure[k] or name != "global" or self.bound == "global":
                     how = "guarantees" if candidates[i] and name != "composed" else "composed"
                     found[i][how][guarantee] = proof.verdict(k, sure)
             if self.witness is not None and guarantee == "deterministic" and name != "composed":
@@ -246,6 +250,8 @@ class _Examiner:
 
         if left.any():
             judge(left.nonzero()[:, 0], "global", f"global {guarantee}", self._proved_globally)
+        if self.bound == "global":
+            return
         local = [(candidates, 1, "product", guarantee)]
         if self.window > 1:
             local.append((all_candidates, self.window, "composed", f"composed {guarantee}"))
@@ -265,7 +271,10 @@ class _Examiner:
 
     @torch.no_grad()
     def _estimated(self, x: Tensor, y: Tensor, eps: float, window: int = 1) -> _Found:
-        bounds = local_bounds(self.model, x, eps, radius=self.radius, iterations=self.iterations, window=window)
+        how: dict[str, Any] = {"iterations": self.iterations, "window": window}
+        if self.bound == "global":
+            return _Found("global", global_bounds(self.model, x, eps, **how), y)
+        bounds = local_bounds(self.model, x, eps, radius=self.radius, **how)
         return _Found("product" if window == 1 else "composed", bounds, y)
 
     def _worth(self, guarantee: str) -> dict[str, Any]:
@@ -314,6 +323,7 @@ def measure(
     eps: float,
     journal: Journal,
     *,
+    bound: Literal["local", "global"] = "local",
     radius: Literal["local", "global"] = "local",
     window: int = 1,
     guarantees: Sequence[str] = (),
@@ -333,9 +343,9 @@ def measure(
     sample gives depends on its batch and the seeds, and not on the process, so that all of them return the same.
 
     journal: what is done already, and where results are kept, batch by batch; its seed is the attack's.
-    radius: how the local bound grows its boxes, see :func:`locallip_cuda.local_bounds`.   window: how many maps in a
-    row are composed, beside the product of norms; 1 for none.   guarantees: those to prove,
-    beside the estimate.   execution: of what the proofs speak, as for :func:`locallip_cuda.local_bounds`.
+    bound: "global" leaves the local bounds out.   radius: how the local bound grows its boxes, see
+    :func:`locallip_cuda.local_bounds`.   window: how many maps in a row are composed, beside the
+    product of norms; 1 for none.   guarantees: those to prove, beside the estimate.   execution: of what the proofs speak, as for :func:`locallip_cuda.local_bounds`.
     failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
     estimated norms.   attack_steps: steps of size eps / 4.   proof_seed: repeats the proofs' random vectors, and voids
     the probabilistic guarantee.   witness: what takes down the deterministic proofs by the product of norms.
@@ -369,6 +379,7 @@ def measure(
         examine = _Examiner(
             model,
             eps,
+            bound,
             radius,
             window,
             proofs,
@@ -406,6 +417,7 @@ def measure(
         journal.seed,
         seconds,
         eps,
+        bound,
         window,
         execution,
         proofs,
@@ -421,6 +433,7 @@ def _summary(
     seed: int,
     seconds: dict[str, float],
     eps: float,
+    bound: str,
     window: int,
     execution: str,
     proofs: Sequence[str],
@@ -461,6 +474,7 @@ def _summary(
         eps=eps,
         clean=share(correct),
         attacked=sum(r["attack_failed"] for r in results) / count,
+        bound=bound,
         window=window,
         execution=execution,
         certified={guarantee: certified(guarantee) for guarantee in ("estimate", *proofs)},

@@ -65,24 +65,22 @@ def table(measurement: Measurement, title: str) -> str:
     for name, c in m.certified.items():
         price = "" if name == "estimate" else f"{100 * (c.accuracy - estimate):+.2f} points"
         each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
-        rows.append((f"certified ({name}), local bound", f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
-        rows += _by_global(c, m.samples)
+        rows.append((f"certified ({name}), {m.bound} bound", f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
+        rows += _by_global(c, m)
     for name, c in m.composed.items():
         price = f"{100 * (c.accuracy - estimate):+.2f} points"
         each = f"{c.seconds / c.tried:.3f} s" if c.tried else ""
-        label = f"certified ({name}), local bound, {windowed(m.window)}"
+        label = f"certified ({name}), {m.bound} bound, {windowed(m.window)}"
         rows.append((label, f"{c.accuracy:.2%}", price, f"{c.seconds:.1f} s", each))
-        rows += _by_global(c, m.samples)
+        rows += _by_global(c, m)
     broken = sum(c.broken for c in (*m.certified.values(), *m.composed.values()))
+    if m.bound == "local":
+        everywhere = f"{m.certified_global_estimate:.2%}"
+        rows += [
+            ("certified (estimate), global bound", everywhere, "", f"{seconds['global bound']:.1f} s", ""),
+            ("mean local Lipschitz constant (estimate)", f"{m.lipschitz_local_estimate:.4g}", "", "", ""),
+        ]
     rows += [
-        (
-            "certified (estimate), global bound",
-            f"{m.certified_global_estimate:.2%}",
-            "",
-            f"{seconds['global bound']:.1f} s",
-            "",
-        ),
-        ("mean local Lipschitz constant (estimate)", f"{m.lipschitz_local_estimate:.4g}", "", "", ""),
         ("global Lipschitz constant (estimate)", f"{m.lipschitz_global_estimate:.4g}", "", "", ""),
         ("certified samples the attack broke", f"{broken}", "", "", ""),
     ]
@@ -95,12 +93,14 @@ def table(measurement: Measurement, title: str) -> str:
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *notes])
 
 
-def _by_global(c: Certified, samples: int) -> list[tuple[str, str, str, str, str]]:
-    return [("    decided by the global bound", f"{c.by_global / samples:.2%}", "", "", "")] if c.by_global else []
+def _by_global(c: Certified, m: Measurement) -> list[tuple[str, str, str, str, str]]:
+    if not c.by_global or m.bound == "global":
+        return []
+    return [("    decided by the global bound", f"{c.by_global / m.samples:.2%}", "", "", "")]
 
 
 def windowed(window: int) -> str:
-    return f"{window} maps composed"
+    return f"up to {window} maps composed"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -163,17 +163,18 @@ def plot(path: Path, measurement: Measurement, title: str) -> bool:
     radii, local, everywhere = ([row[i] for row in m.curve_estimate] for i in range(3))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(radii, [100 * v for v in local], marker="o", label="local bound (estimate)")
+    axes.plot(radii, [100 * v for v in local], marker="o", label=f"{m.bound} bound (estimate)")
     if m.curve_composed:
-        label = f"local bound, {windowed(m.window)} (estimate)"
+        label = f"{m.bound} bound, {windowed(m.window)} (estimate)"
         axes.plot(radii, [100 * v for v in m.curve_composed], marker="^", label=label)
-    axes.plot(radii, [100 * v for v in everywhere], marker="s", label="global bound (estimate)")
+    if m.bound == "local":
+        axes.plot(radii, [100 * v for v in everywhere], marker="s", label="global bound (estimate)")
     for name, c in m.certified.items():
         if name != "estimate":
-            axes.plot([m.eps], [100 * c.accuracy], marker="D", linestyle="none", label=f"local bound ({name})")
+            axes.plot([m.eps], [100 * c.accuracy], marker="D", linestyle="none", label=f"{m.bound} bound ({name})")
     for name, c in m.composed.items():
         if name != "estimate":
-            label = f"local bound, {windowed(m.window)} ({name})"
+            label = f"{m.bound} bound, {windowed(m.window)} ({name})"
             axes.plot([m.eps], [100 * c.accuracy], marker="P", linestyle="none", label=label)
     axes.plot([m.eps], [100 * m.attacked], marker="x", linestyle="none", color="black", label="under attack (PGD)")
     axes.axvline(m.eps, color="grey", linewidth=0.8, linestyle=":")
