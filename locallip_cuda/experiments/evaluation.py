@@ -345,7 +345,8 @@ def measure(
     journal: what is done already, and where results are kept, batch by batch; its seed is the attack's.
     bound: "global" leaves the local bounds out.   radius: how the local bound grows its boxes, see
     :func:`locallip_cuda.local_bounds`.   window: how many maps in a row are composed, beside the
-    product of norms; 1 for none.   guarantees: those to prove, beside the estimate.   execution: of what the proofs speak, as for :func:`locallip_cuda.local_bounds`.
+    product of norms; 1 for none.   guarantees: those to prove, beside the estimate.   execution: of what the
+    proofs speak, as for :func:`locallip_cuda.local_bounds`.
     failure_probability: of the probabilistic one, for one sample.   iterations: steps for the
     estimated norms.   attack_steps: steps of size eps / 4.   proof_seed: repeats the proofs' random vectors, and voids
     the probabilistic guarantee.   witness: what takes down the deterministic proofs by the product of norms.
