@@ -276,8 +276,8 @@ def _add_compare(commands: Any) -> None:
         description="Train the preset's network in several ways, with the same seeds, epochs and batches, certify all "
         "under one guarantee, and put them into one table. Writes compare.md, compare.json and compare.png; every run "
         "is in a folder of its own, and compare.md has the commands that repeat it. A comparison that is stopped goes "
-        "on where it was when the same command is given again, and one with more rows or seeds takes what is done. digits has 20 epochs and "
-        "radius 0.5 here unless an option says otherwise.",
+        "on where it was when the same command is given again, and one with more rows or seeds takes what is done. "
+        "digits has 20 epochs and radius 0.5 here unless an option says otherwise.",
     )
     comparer.add_argument("preset", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
     rows = "; ".join(f"{name}, {row.about}" for name, row in comparison.ROWS.items())
