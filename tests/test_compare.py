@@ -86,31 +86,27 @@ def test_a_run_that_fails_takes_no_other_along(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_stopped_it_goes_on(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "locallip_cuda",
-        "compare",
-        "digits",
-        "--device",
-        "cpu",
-        "--rows",
-        "gloro",
-        "local",
-    ]
-    command += ["--seeds", "0", "--batch-size", "512", "--limit", "20", "--attack-steps", "2", "--out", str(tmp_path)]
-    started = subprocess.Popen([*command, "--epochs", "400"], stdout=subprocess.PIPE, text=True)
-    logs = [tmp_path / row / "seed-0" / "train.log" for row in ("gloro", "local")]
-    deadline = time.monotonic() + 120
-    while not any(log.exists() and "epoch" in log.read_text() for log in logs):
+    """Where it was: the epochs before the stop are not trained again."""
+    options = ["--epochs", "60", "--batch-size", "512", "--limit", "20", "--attack-steps", "2", "--out", str(tmp_path)]
+    program = [sys.executable, "-m", "locallip_cuda"]
+    command = [*program, "compare", "digits", "--device", "cpu", "--seeds", "0", "--rows", "gloro", "local", *options]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    folders = [tmp_path / row / "seed-0" for row in ("gloro", "local")]
+    logs = [folder / "train.log" for folder in folders]
+    deadline = time.monotonic() + 240
+    while not any(log.exists() and "epoch 3/" in log.read_text() for log in logs):
         assert time.monotonic() < deadline and started.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.05)
     os.kill(started.pid, signal.SIGINT)
-    printed, _ = started.communicate(timeout=120)
+    printed, _ = started.communicate(timeout=240)
     assert started.returncode == 128 + signal.SIGINT and "The same command goes on" in printed
     assert any("Stopped by SIGTERM" in log.read_text() for log in logs if log.exists())
-    kept = [log for log in logs if log.with_name("checkpoint.safetensors").exists()]
-    assert kept
+    assert not list(tmp_path.glob("compare.*"))
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
+    assert "gloro, seed 0: " in again.stdout and f"Written: {tmp_path / 'compare.md'}" in again.stdout
+    for log in logs:
+        assert log.read_text().count("epoch 3/60: ") == 1 and log.read_text().count("epoch 60/60: ") == 1
 
 
 def test_errors_name_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
