@@ -143,7 +143,7 @@ def _norms(axes: Any, e: Explanation) -> None:
         [y + 0.2 for y in at], [layer.global_norm for layer in e.layers], 0.4, color="0.7", label="global"
     )
     axes.bar_label(whole, [f"ratio {layer.ratio:.2f}" for layer in e.layers], padding=3)
-    axes.margins(x=0.25)
+    axes.margins(x=0.45)  # for the ratios
     axes.set(xlabel="operator norm, mean over samples")
     _titled(axes, "Local and global norms (estimate)")
 
