@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from locallip_cuda import local_bounds
 from locallip_cuda.experiments import checkpoint, cli, data, explanation_report
-from locallip_cuda.experiments.explanation import Explanation, Spread, Thresholds, explain
+from locallip_cuda.experiments.explanation import DECIDERS, Explanation, Spread, Thresholds, explain
 from locallip_cuda.experiments.network import build_model, load_model
 from locallip_cuda.experiments.recipes import recipe
 from locallip_cuda.experiments.trainer import Settings, Trainer
@@ -232,6 +232,7 @@ def test_what_decides(activations: list[nn.Module], eps: float, window: int, nam
     assert e.lipschitz_product == spread(product.lipschitz.double())
     assert sum(e.lipschitz_histogram.composed) == sum(e.lipschitz_histogram.product) == 60
     assert names <= set(e.decided)
+    assert list(e.decided) == [name for name in DECIDERS if name in e.decided]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from .data import Dataset
 
 ITERATIONS = 50
 BINS = 50
+DECIDERS = ("product", "chain", "functional", "functional by label")
 
 
 @dataclass
@@ -308,8 +309,7 @@ def explain(
         for name in ("lipschitz_product", "lipschitz_composed")
     )
     whole = float(bounds.global_lipschitz)
-    names = dict.fromkeys(sample["decided"] for sample in per_sample)
-    verdicts = {name: [sample["certified"] for sample in per_sample if sample["decided"] == name] for name in names}
+    verdicts = {name: [sample["certified"] for sample in per_sample if sample["decided"] == name] for name in DECIDERS}
     return Explanation(
         samples=len(per_sample),
         eps=eps,
@@ -322,6 +322,6 @@ def explain(
         lipschitz_composed=_spread(composed) if window > 1 else None,
         lipschitz_histogram=_histogram(by_product, composed, whole),
         certified=sum(sample["certified"] for sample in per_sample) / len(per_sample),
-        decided={name: Decided(len(own), sum(own)) for name, own in verdicts.items()},
+        decided={name: Decided(len(own), sum(own)) for name, own in verdicts.items() if own},
         per_sample=per_sample,
     )
