@@ -1,4 +1,4 @@
-"""The command line: ``locallip train``, ``compare``, ``certify``, ``audit``, ``info``."""
+"""The command line: ``locallip train``, ``compare``, ``certify``, ``explain``, ``audit``, ``info``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,23 @@ from ..build_info import build_info
 from ..norms.masked_norm import GUARANTEES, check_guarantee
 from ..propagation.execution import EXECUTIONS
 from ..propagation.graph import UnsupportedModuleError
-from . import checkpoint, comparison, comparison_report, data, evaluation, models, report, sequential, witness
+from . import (
+    checkpoint,
+    comparison,
+    comparison_report,
+    data,
+    evaluation,
+    explanation,
+    explanation_report,
+    models,
+    report,
+    sequential,
+    witness,
+)
 from .checkpoint import CheckpointError
 from .distributed import Workers
 from .journal import Journal
-from .network import load_model
+from .network import build_model, load_model
 from .objective import PRECISIONS, set_precision
 from .recipes import OF_DATA, PRESETS, RADII, Recipe, recipe
 from .trainer import Interrupted, Settings, Trainer, TrainingError
@@ -243,6 +255,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     certifier.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     certifier.set_defaults(run=_certify)
+
+    explainer = commands.add_parser(
+        "explain",
+        help="show why a trained network's local bounds are below its global one",
+        description="Measure on the test set, by estimates, which units vary, local against global norms, Lipschitz "
+        "constants, the thresholds learnt, and what decides where several bounds meet. Prints a table; writes "
+        "explain.json and explain.png.",
+    )
+    explainer.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
+    _add_model_option(explainer)
+    explainer.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    explainer.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
+    explainer.add_argument("--eps", type=_real, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)")
+    explainer.add_argument(
+        "--limit", type=int, default=256, metavar="N", help="only the first N test samples (default: 256)"
+    )
+    explainer.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="maps in a row that are composed before a norm is taken, beside the product of norms; 1 for none "
+        "(default: the recipe's)",
+    )
+    explainer.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
+    explainer.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    explainer.set_defaults(run=_explain)
 
     auditor = commands.add_parser(
         "audit",
@@ -541,6 +579,50 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
     if recorder is not None:
         recorder.remove()  # after the journal: a run that goes on from that needs the batches
     return measurement
+
+
+def _explain(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    path = _checkpoint(arguments.checkpoint)
+    if path.suffix == ".onnx":
+        raise ValueError(f"CHECKPOINT: got {path}, want a checkpoint or the folder of a run")
+    model, stored, config = load_model(path, arguments.model)
+    _check_data(stored.preset, arguments.data)
+    device = _choose_device(arguments.device)
+    eps = stored.eps if arguments.eps is None else arguments.eps
+    window = stored.window if arguments.window is None else arguments.window
+    name = models.spec(stored.preset).data
+    dataset = data.load(name, arguments.data, train=False)
+    set_precision("fp32", device)
+    out: Path = arguments.out or path.parent
+    checkpoint.make_folder(out)
+    found = explanation.explain(
+        model.to(device),
+        build_model(stored).to(device),
+        dataset,
+        eps,
+        radius=stored.radius,
+        window=window,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        quiet=not sys.stderr.isatty(),
+    )
+    title = f"{stored.network}: {found.samples} test samples of {name}, l2 radius {eps:.4g}"
+    title += "" if window == 1 else f", {report.windowed(window)}"
+    print(explanation_report.table(found, title))
+    context = {
+        "command": ["locallip", *command],
+        "checkpoint": {"path": str(path), "sha256": report.digest(path), "epoch": config["position"]["epoch"]},
+        "recipe": stored.to_dict(),
+        "data": {"name": name, "split": "test", "crc32": report.checksum(dataset)},
+        "environment": report.environment(device),
+    }
+    explanation_report.write_json(out / "explain.json", found, context)
+    if explanation_report.plot(out / "explain.png", found, title):
+        print(f"Written: {out / 'explain.json'}, {out / 'explain.png'}")
+    else:
+        print(f"Written: {out / 'explain.json'}")
+        print('No plot: matplotlib is not installed (pip install "locallip-cuda[plot]").')
+    return 0
 
 
 def _audit(arguments: argparse.Namespace, command: Sequence[str]) -> int:
