@@ -621,7 +621,7 @@ def _explain(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         print(f"Written: {out / 'explain.json'}, {out / 'explain.png'}")
     else:
         print(f"Written: {out / 'explain.json'}")
-        print('No plot: matplotlib is not installed (pip install "locallip-cuda[plot]").')
+        print(NO_PLOT)
     return 0
 
 
