@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -368,6 +369,14 @@ WIDER = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn
 def test_what_does_not_fit_is_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         refused(**changes)
+
+
+@pytest.mark.parametrize("bounds", [ll.local_bounds, ll.global_bounds])
+def test_norms_and_iterations_exclude_each_other(bounds: Callable[..., ll.LocalBounds]) -> None:
+    model, x = hiding()
+    for norms in (ll.TrainingNorms(model, x), ll.ProvedNorms()):
+        with pytest.raises(ValueError, match="iterations: got 4 together with norms, want one of the two"):
+            bounds(model, x, 0.1, iterations=4, norms=norms)
 
 
 def test_models_without_bounds_are_named() -> None:

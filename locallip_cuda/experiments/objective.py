@@ -96,14 +96,14 @@ class Objective(nn.Module):
         """What the certified loss is of."""
         recipe = self.recipe
         if self.bound == "global":
-            iterations = max(recipe.iterations, GLOBAL_ITERATIONS)
+            iterations = max(recipe.iterations, GLOBAL_ITERATIONS) if self.norms is None else None
             return global_bounds(self.model, x, eps, iterations=iterations, norms=self.norms, window=recipe.window)
         return local_bounds(
             self.model,
             x,
             eps,
             radius=recipe.radius,
-            iterations=recipe.iterations,
+            iterations=recipe.iterations if self.norms is None else None,
             norms=self.norms,
             y=y,
             window=recipe.window,
