@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import two_processes
+from torch import nn
 
-from locallip_cuda import local_bounds, losses
+from locallip_cuda import experiments, local_bounds, losses
 from locallip_cuda.experiments import checkpoint, data, models
 from locallip_cuda.experiments.checkpoint import CheckpointError
 from locallip_cuda.experiments.distributed import Workers
@@ -464,6 +465,41 @@ def test_checkpoints_of_every_preset_load(tmp_path: Path, preset: str) -> None:
     assert found == numbers and not loaded.training
     x = torch.rand(2, *models.spec(preset).input_shape)
     assert torch.equal(model(x), loaded(x))
+
+
+# -- in Python ---------------------------------------------------------------------------------------------------
+
+
+def test_load(tmp_path: Path, whole: Path) -> None:
+    """From a run's folder or its file, into a network that is built or given."""
+    expected, _, _ = load_model(whole / checkpoint.CHECKPOINT_NAME)
+    x = torch.rand(3, 1, 8, 8)
+    drawn = []
+    for path in (whole, str(whole / checkpoint.CHECKPOINT_NAME)):
+        found = experiments.load(path)
+        drawn.append(torch.rand(1).item())  # loading does not seed
+        assert not found.training and torch.equal(found(x), expected(x))
+    assert drawn[0] != drawn[1]
+    own = models.build("digits", "clipped-relu").train()
+    assert experiments.load(whole, own) is own and not own.training and torch.equal(own(x), expected(x))
+
+
+def test_load_says_what_does_not_fit(tmp_path: Path, whole: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint file"):
+        experiments.load(tmp_path)
+    with pytest.raises(TypeError, match=r"model: got type, want a torch\.nn\.Module or None"):
+        experiments.load(whole, nn.Identity)  # type: ignore[arg-type]
+    other = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU())
+    before = other[0].weight.detach().clone()
+    with pytest.raises(CheckpointError, match=r"tensor '0\.weight' is torch\.float32"):
+        experiments.load(whole, other)
+    assert torch.equal(other[0].weight, before) and other.training
+    tensors, config = checkpoint.load(whole / checkpoint.CHECKPOINT_NAME)
+    recipe_of_own = {**config["recipe"], "model": "somewhere:Net"}
+    checkpoint.save(tmp_path / checkpoint.CHECKPOINT_NAME, tensors, {**config, "recipe": recipe_of_own})
+    with pytest.raises(ValueError, match="model: got None, want the network of somewhere:Net, which .* trained with"):
+        experiments.load(tmp_path)
+    experiments.load(tmp_path, models.build("digits", "clipped-relu"))
 
 
 # -- several processes -------------------------------------------------------------------------------------------
