@@ -289,8 +289,8 @@ def test_looks_say_how_close_the_norms_of_training_come(whole: Path) -> None:
     for record in looks:
         assert ("closeness_mean" in record) == (record["eps"] > 0)
         if record["eps"]:
-            assert 0.9 < record["closeness_worst"] <= record["closeness_mean"] <= 1 / SHARE**3
-            assert 0.9 < record["closeness_layer"] <= 1 / SHARE
+            assert 0.9 < record["closeness_worst_sample"] <= record["closeness_mean"] <= 1 / SHARE**3
+            assert 0.9 < record["closeness_worst_layer"] <= 1 / SHARE
     objective = Objective(model, numbers)
     assert objective.norms is not None
     tensors, _ = checkpoint.load(whole / checkpoint.CHECKPOINT_NAME)
@@ -370,6 +370,17 @@ def test_resume_only_what_is_there(tmp_path: Path, whole: Path) -> None:
     trainer = Trainer(SHORT, Settings(out=whole, resume=True))
     assert trainer.epoch == 2 and trainer.run() is None
     assert (whole / checkpoint.CHECKPOINT_NAME).read_bytes() == before
+
+
+def test_histories_of_earlier_versions_have_the_names_of_now(tmp_path: Path, whole: Path) -> None:
+    tensors, config = checkpoint.load(whole / checkpoint.CHECKPOINT_NAME)
+    now = config["history"]
+    earlier = {"accuracy": "correct", "closeness_worst_sample": "closeness_worst"}
+    earlier["closeness_worst_layer"] = "closeness_layer"
+    assert earlier.keys() <= now[1].keys()
+    before = [{earlier.get(name, name): value for name, value in record.items()} for record in now]
+    checkpoint.save(tmp_path / checkpoint.CHECKPOINT_NAME, tensors, {**config, "history": before})
+    assert Trainer(SHORT, Settings(out=tmp_path, resume=True)).history == now
 
 
 def test_incomplete_training_state_is_refused(tmp_path: Path, whole: Path) -> None:
@@ -527,7 +538,7 @@ def test_two_processes_do_as_one(tmp_path: Path) -> None:
     options = ["--epochs", "2", "--batch-size", "64", "--device", "cpu", "--out", str(tmp_path / "whole")]
     done = _torchrun("-m", "locallip_cuda", "train", "digits", *options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1/2") == 1
+    assert done.stdout.count("epoch 1/2: ") == 1
     _same(tmp_path / "whole", tmp_path / "resumed")
     tensors, config = checkpoint.load(tmp_path / "whole" / checkpoint.CHECKPOINT_NAME)
     assert config["processes"] == 2 and {"random/cpu/0", "random/cpu/1"} <= tensors.keys()

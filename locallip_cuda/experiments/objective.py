@@ -160,7 +160,8 @@ def bounds_at_rest(objective: Objective, x: Tensor, y: Tensor, eps: float) -> Lo
 def means_of(totals: Sequence[float]) -> dict[str, float]:
     """Means over the samples; those of the bound over the samples that had one (none in the warm-up)."""
     sums = dict(zip(STATISTICS, totals, strict=True))
-    means = {name: sums[name] / max(sums["samples"], 1) for name in ("loss", "clean", "correct")}
+    names = {"loss": "loss", "clean": "clean", "accuracy": "correct"}
+    means = {name: sums[of] / max(sums["samples"], 1) for name, of in names.items()}
     bounded = {
         name: sums[name] / max(sums["bounded"], 1)
         for name in ("robust", "sparsity", "certified_estimate", "lipschitz_estimate")
