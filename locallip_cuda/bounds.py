@@ -52,6 +52,9 @@ from .rounding import textbook_products, up
 
 _Bounds = TypeVar("_Bounds", bound="LocalBounds")
 
+# of an estimate's norms, where neither their number nor a training's norms are given
+ITERATIONS = 4
+
 
 @dataclass(eq=False)
 class LastTerm:
@@ -386,9 +389,14 @@ def _check_labels(y: Tensor | None, batch: int, classes: int) -> None:
         raise ValueError(f"y: got labels in [{int(y.min())}, {int(y.max())}], want [0, {classes})")
 
 
-def _check_iterations(iterations: int) -> None:
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"iterations: got {iterations!r}, want an integer >= 0")
+def _iterations(given: int | None, default: int, norms: TrainingNorms | ProvedNorms | None) -> int:
+    if given is None:
+        return default
+    if norms is not None:
+        raise ValueError(f"iterations: got {given!r} together with norms, want one of the two")
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ValueError(f"iterations: got {given!r}, want an integer >= 0")
+    return given
 
 
 def _norms(graph: Graph, window: float) -> tuple[int, int]:
@@ -495,7 +503,7 @@ def local_bounds(
     eps: float | Tensor,
     *,
     radius: Literal["local", "global"] = "local",
-    iterations: int = 4,
+    iterations: int | None = None,
     guarantee: str = "estimate",
     failure_probability: float = 1e-9,
     seed: int | None = None,
@@ -521,15 +529,16 @@ def local_bounds(
         radius: "local" takes each layer's masked norm into the radius at once; "global" is the paper's: the radius
             grows by global norms on the way, and the masked norms enter only in the final product. "local" is never
             looser and costs less.
-        iterations: of :func:`locallip_cuda.masked_norm`, per layer, for the estimate. Samples from which no row or
-            column of a layer goes share one norm, of 15 iterations or more. ``closeness`` of the result says how much
-            of the true norms they see.
+        iterations: of :func:`locallip_cuda.masked_norm`, per layer, for the estimate; None is 4. Samples from which no
+            row or column of a layer goes share one norm, of 15 iterations or more. ``closeness`` of the result says
+            how much of the true norms they see.
         window: how many maps in a row, with the masks between them, are one operator before its norm is taken, at
             most (docs/composition.md). 1 is the paper's product of norms; more is tighter, and costs more norms;
             ``math.inf`` composes all there is. Composed are layers that follow each other, of one map each, with
             activations whose slopes are known, as ReLU's and its clipped one's; behind any other the window begins
             anew. A window above 1 also bounds the margin by the last layers' functional, through as many layers.
         norms: the state of a training's norms, in place of ``iterations``: in training they keep the estimate close.
+            Both together are an error.
         y: (B,) int64 labels, which choose where ``norms`` start.
         guarantee: "estimate": differentiable, for training; norms are Rayleigh quotients, which can be too small, so
             nothing is proved. "probabilistic", "deterministic": :class:`ProvedBounds`, in float64 with all rounding
@@ -548,7 +557,7 @@ def local_bounds(
     check_guarantee(guarantee, failure_probability, seed)
     if radius not in ("local", "global"):
         raise ValueError(f"radius: got {radius!r}, want 'local' or 'global'")
-    _check_iterations(iterations)
+    iterations = _iterations(iterations, ITERATIONS, norms)
     check_window(window)
     if window > 1 and radius == "global":
         raise ValueError(f"window: got {window} with radius='global', want 1: the paper's bound composes nothing")
@@ -583,7 +592,7 @@ def global_bounds(
     x: Tensor,
     eps: float | Tensor,
     *,
-    iterations: int = GLOBAL_ITERATIONS,
+    iterations: int | None = None,
     guarantee: str = "estimate",
     failure_probability: float = 1e-9,
     seed: int | None = None,
@@ -598,7 +607,7 @@ def global_bounds(
 
     Args:
         model, x, eps, errors: as for :func:`local_bounds`.
-        iterations: of each norm of an estimate, where there are no ``norms``.
+        iterations: of each norm of an estimate, in place of ``norms``; None is 30. Both together are an error.
         guarantee, failure_probability, seed: as for :func:`local_bounds`. That a norm fails is the same event for all
             samples: each statement is wrong with at most ``failure_probability``, and they may be so together.
         norms: for an estimate the state of a training's norms: each starts where the last call's ended, and takes 15.
@@ -608,7 +617,7 @@ def global_bounds(
         execution: as for :func:`local_bounds`.
     """
     check_guarantee(guarantee, failure_probability, seed)
-    _check_iterations(iterations)
+    iterations = _iterations(iterations, GLOBAL_ITERATIONS, norms)
     check_window(window)
     model, x, off, arithmetic = _as_it_runs(model, x, execution, guarantee)
     kept, training = (norms, None) if isinstance(norms, ProvedNorms) else (ProvedNorms(), norms)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,13 +47,21 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = tmp_path / "run"
     assert cli.main([*TRAIN, "--epochs", "3", "--eps", "1/4", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("epoch ") == 3 and "certified (estimate)" in printed and "samples/s" in printed
+    assert (
+        len(re.findall(r"^epoch \d/3:", printed, re.M)) == 3
+        and "certified (estimate)" in printed
+        and "samples/s" in printed
+    )
     assert f"Certify with: locallip certify {out}" in printed
     assert list(out.glob("events.out.tfevents.*"))
 
     assert cli.main(["certify", str(out), "--limit", "100", "--attack-steps", "10", "--iterations", "10"]) == 0
     printed = capsys.readouterr().out
-    assert "100 test samples of digits, l2 radius 0.25" in printed and "no proof" in " ".join(printed.split())
+    about = "digits, clipped-relu: 100 test samples of digits, l2 radius 0.25"
+    assert printed.startswith(f"Measuring {about}; guarantees: estimate, probabilistic; on cpu\n{about}\n---")
+    assert f"Written: {out / 'certify.json'}, {out / 'certify.png'}\n" in printed and "no proof" in " ".join(
+        printed.split()
+    )
     assert "certified (probabilistic), local bound" in printed and "points" in printed
     assert not (out / "certify.partial.0.json").exists()
     assert (out / "certify.png").exists()
@@ -67,6 +76,10 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     values = json.loads((tmp_path / "else" / "certify.json").read_text())
     assert values["settings"]["window"] == 3 and len(values["result"]["composed"]) == 2
     assert "certified (probabilistic), local bound, 3 maps composed" in capsys.readouterr().out
+    quick = ["--limit", "9", "--attack-steps", "1", "--guarantee", "estimate"]
+    assert cli.main(["certify", str(out), *quick]) == 0
+    again = f"Written: {out / 'certify.json'} (replaced), {out / 'certify.png'} (replaced)\n"
+    assert capsys.readouterr().out.endswith(again)
 
 
 def test_training_with_composed_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +236,13 @@ def test_a_full_disk_is_one_line(
     assert cli.main([*TRAIN, "--epochs", "1", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "checkpoint.safetensors could not be written: No space left on device" in error
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"locallip_cuda {build_info()['version']}\n"
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,13 +54,13 @@ def test_compares_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert set(seeds) == {"0", "1"}
     for seed, own in seeds.items():
         values = json.loads((out / "gloro" / f"seed-{seed}" / "certify.json").read_text())
-        assert own["clean"] == values["result"]["clean"] and values["result"]["samples"] == 20
+        assert own["accuracy"] == values["result"]["accuracy"] and values["result"]["samples"] == 20
         assert own["certified"] == values["result"]["certified"]["probabilistic"]["accuracy"]
         assert own["memory"] > 2**27 and own["seconds_a_step"] == own["seconds"] / 2
         assert [record["epoch"] for record in own["history"]] == [1] and own["history"][0]["seconds"] > 0
-        assert own["curve_estimate"][0] == [0, own["clean"]]
+        assert own["curve_estimate"][0] == [0, own["accuracy"]]
     row = next(line for line in printed.splitlines() if line.startswith("gloro  "))
-    assert f"{100 * fmean(own['clean'] for own in seeds.values()):.2f} %" in row
+    assert f"{100 * fmean(own['accuracy'] for own in seeds.values()):.2f} %" in row
     page = (out / "compare.md").read_text()
     assert f"    locallip certify {out / 'gloro' / 'seed-1'}" in page and page.count("    locallip train digits") == 2
 

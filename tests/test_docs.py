@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 import locallip_cuda as ll
-from locallip_cuda import attack
+from locallip_cuda import attack, experiments
+from locallip_cuda.experiments import cli
 from locallip_cuda.propagation.rules import RULES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -53,6 +55,18 @@ def test_code_that_fails_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         run(tmp_path / "page.md", monkeypatch)
 
 
+def commands(text: str) -> list[str]:
+    """Lines of blocks, fenced or indented, that are a call of ``locallip``."""
+    return [line.strip() for line in text.splitlines() if re.match(r" *locallip \w", line)]
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
+def test_commands_have_their_options(page: Path) -> None:
+    for line in commands(page.read_text()):
+        words = [word.replace("$seed", "1").replace("$eps", "0.3") for word in shlex.split(line, comments=True)]
+        assert cli._parser().parse_args(words[1:]).command == words[1], line
+
+
 def public(module: Any) -> set[str]:
     own = getattr(module, "__all__", None)
     if own is None:
@@ -68,6 +82,7 @@ MODULES = {
     "locallip_cuda": ll,
     **{f"locallip_cuda.{name}": getattr(ll, name) for name in ("losses", "nn", "rules", "testing")},
     "locallip_cuda.attack": attack,
+    "locallip_cuda.experiments": experiments,
 }
 
 

@@ -44,12 +44,12 @@ def test_figures_are_those_of_direct_computations(trained: Trained, measured: ev
     x, y = dataset.batch(torch.arange(200), torch.device("cpu"))
     with torch.no_grad():
         bounds = local_bounds(model, x, EPS, iterations=30)
-        assert measured.clean == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+        assert measured.accuracy == pytest.approx((model(x).argmax(1) == y).float().mean().item())
         assert measured.certified["estimate"].accuracy == pytest.approx((bounds.margin(y) > 0).float().mean().item())
-        assert measured.lipschitz_local_estimate == pytest.approx(bounds.lipschitz.mean().item(), rel=1e-4)
-        assert measured.lipschitz_global_estimate == pytest.approx(bounds.global_lipschitz.item(), rel=1e-4)
+        assert measured.lipschitz_estimate == pytest.approx(bounds.lipschitz.mean().item(), rel=1e-4)
+        assert measured.global_lipschitz_estimate == pytest.approx(bounds.global_lipschitz.item(), rel=1e-4)
     broken = attack.pgd(model, x, y, EPS, steps=20)
-    assert measured.attacked == pytest.approx((model(broken).argmax(1) == y).float().mean().item(), abs=0.03)
+    assert measured.attacked_accuracy == pytest.approx((model(broken).argmax(1) == y).float().mean().item(), abs=0.03)
     assert measured.samples == 200 and not any(c.broken for c in measured.certified.values())
 
 
@@ -65,7 +65,7 @@ def test_composed_norms_beside_the_product(trained: Trained, tmp_path: Path) -> 
     product = [sample["guarantees"].get("probabilistic", {}).get("certified", False) for sample in m.per_sample]
     tried = [sample["index"] for sample in m.per_sample if "probabilistic" in sample["composed"]]
     assert not any(product[i] for i in tried) and len(tried) == m.composed["probabilistic"].tried
-    assert m.curve_composed[0] == m.clean
+    assert m.curve_composed[0] == m.accuracy
     assert all(own >= row[1] for own, row in zip(m.curve_composed, m.curve_estimate, strict=True))
     assert any(own > row[1] for own, row in zip(m.curve_composed, m.curve_estimate, strict=True))
     assert "certified (probabilistic), local bound, up to 4 maps composed" in report.table(m, "title")
@@ -220,8 +220,8 @@ def test_a_journal_answers_its_own_question_only(tmp_path: Path) -> None:
 
 def test_figures_come_in_the_order_they_must(measured: evaluation.Measurement) -> None:
     certified = measured.certified["estimate"].accuracy
-    assert 0 < measured.certified_global_estimate <= certified <= measured.attacked <= measured.clean
-    assert measured.lipschitz_local_estimate < measured.lipschitz_global_estimate
+    assert 0 < measured.global_certified_estimate <= certified <= measured.attacked_accuracy <= measured.accuracy
+    assert measured.lipschitz_estimate < measured.global_lipschitz_estimate
 
 
 def test_curve(trained: Trained, measured: evaluation.Measurement) -> None:
@@ -229,8 +229,8 @@ def test_curve(trained: Trained, measured: evaluation.Measurement) -> None:
     assert radii == tuple(f * EPS for f in evaluation.CURVE)
     assert list(local) == sorted(local, reverse=True) and list(everywhere) == sorted(everywhere, reverse=True)
     assert all(a >= b for a, b in zip(local, everywhere, strict=True))
-    assert local[0] == everywhere[0] == measured.clean
-    assert (local[4], everywhere[4]) == (measured.certified["estimate"].accuracy, measured.certified_global_estimate)
+    assert local[0] == everywhere[0] == measured.accuracy
+    assert (local[4], everywhere[4]) == (measured.certified["estimate"].accuracy, measured.global_certified_estimate)
     model, dataset = trained
     x, y = dataset.batch(torch.arange(200), torch.device("cpu"))
     for radius, share in ((radii[2], local[2]), (radii[6], local[6])):  # one below the radius, one above
@@ -298,12 +298,12 @@ def test_table_says_what_is_a_proof_and_what_is_none(measured: evaluation.Measur
     assert lines[0] == "title" and "estimate: no proof." in text
     assert "a failure of probability 1e-09 a sample" in text and "deterministic: proved for the network" in text
     for start, value in (
-        ("clean accuracy", measured.clean),
-        ("accuracy under attack (PGD)", measured.attacked),
+        ("accuracy  ", measured.accuracy),
+        ("accuracy under attack (PGD)", measured.attacked_accuracy),
         ("certified (estimate), local bound", measured.certified["estimate"].accuracy),
         ("certified (probabilistic), local bound", measured.certified["probabilistic"].accuracy),
         ("certified (deterministic), local bound", measured.certified["deterministic"].accuracy),
-        ("certified (estimate), global bound", measured.certified_global_estimate),
+        ("certified (estimate), global bound", measured.global_certified_estimate),
     ):
         (line,) = [line for line in lines if line.startswith(start)]
         assert f"{value:.2%}" in line and line.endswith(" s")
@@ -335,7 +335,7 @@ def test_with_the_paper_s_radius_a_proof_may_hold_where_the_estimate_does_not(tm
     dataset = data.Dataset("pixels", images, torch.tensor([0, 1]), 2)
     settings: dict[str, Any] = {"radius": "global", "guarantees": ["deterministic"], "attack_steps": 5}
     measured = measure((model, dataset), tmp_path, **settings)
-    assert measured.clean == 0.5 and measured.certified["deterministic"].tried == 1
+    assert measured.accuracy == 0.5 and measured.certified["deterministic"].tried == 1
     assert measured.certified["estimate"].accuracy == 0 and measured.certified["deterministic"].accuracy == 0.5
 
 
@@ -353,7 +353,7 @@ def test_classes_by_their_arithmetic(tmp_path: Path) -> None:
         (tmp_path / str(label)).mkdir()
         measured = evaluation.measure(model, dataset, 1e-12, Journal(tmp_path / str(label), {}, seed=0), **settings)
         proof = measured.certified["deterministic"]
-        assert measured.clean == clean and proof.accuracy == 0 and measured.per_sample[0]["prediction"] == 0
+        assert measured.accuracy == clean and proof.accuracy == 0 and measured.per_sample[0]["prediction"] == 0
         assert proof.tried == proof.other_class == clean
         if clean:
             assert measured.per_sample[0]["guarantees"]["deterministic"]["prediction"] == 1

@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import two_processes
+from torch import nn
 
-from locallip_cuda import local_bounds, losses
+from locallip_cuda import experiments, local_bounds, losses
 from locallip_cuda.experiments import checkpoint, data, models
 from locallip_cuda.experiments.checkpoint import CheckpointError
 from locallip_cuda.experiments.distributed import Workers
@@ -288,8 +289,8 @@ def test_looks_say_how_close_the_norms_of_training_come(whole: Path) -> None:
     for record in looks:
         assert ("closeness_mean" in record) == (record["eps"] > 0)
         if record["eps"]:
-            assert 0.9 < record["closeness_worst"] <= record["closeness_mean"] <= 1 / SHARE**3
-            assert 0.9 < record["closeness_layer"] <= 1 / SHARE
+            assert 0.9 < record["closeness_worst_sample"] <= record["closeness_mean"] <= 1 / SHARE**3
+            assert 0.9 < record["closeness_worst_layer"] <= 1 / SHARE
     objective = Objective(model, numbers)
     assert objective.norms is not None
     tensors, _ = checkpoint.load(whole / checkpoint.CHECKPOINT_NAME)
@@ -369,6 +370,17 @@ def test_resume_only_what_is_there(tmp_path: Path, whole: Path) -> None:
     trainer = Trainer(SHORT, Settings(out=whole, resume=True))
     assert trainer.epoch == 2 and trainer.run() is None
     assert (whole / checkpoint.CHECKPOINT_NAME).read_bytes() == before
+
+
+def test_histories_of_earlier_versions_have_the_names_of_now(tmp_path: Path, whole: Path) -> None:
+    tensors, config = checkpoint.load(whole / checkpoint.CHECKPOINT_NAME)
+    now = config["history"]
+    earlier = {"accuracy": "correct", "closeness_worst_sample": "closeness_worst"}
+    earlier["closeness_worst_layer"] = "closeness_layer"
+    assert earlier.keys() <= now[1].keys()
+    before = [{earlier.get(name, name): value for name, value in record.items()} for record in now]
+    checkpoint.save(tmp_path / checkpoint.CHECKPOINT_NAME, tensors, {**config, "history": before})
+    assert Trainer(SHORT, Settings(out=tmp_path, resume=True)).history == now
 
 
 def test_incomplete_training_state_is_refused(tmp_path: Path, whole: Path) -> None:
@@ -466,6 +478,41 @@ def test_checkpoints_of_every_preset_load(tmp_path: Path, preset: str) -> None:
     assert torch.equal(model(x), loaded(x))
 
 
+# -- in Python ---------------------------------------------------------------------------------------------------
+
+
+def test_load(tmp_path: Path, whole: Path) -> None:
+    """From a run's folder or its file, into a network that is built or given."""
+    expected, _, _ = load_model(whole / checkpoint.CHECKPOINT_NAME)
+    x = torch.rand(3, 1, 8, 8)
+    drawn = []
+    for path in (whole, str(whole / checkpoint.CHECKPOINT_NAME)):
+        found = experiments.load(path)
+        drawn.append(torch.rand(1).item())  # loading does not seed
+        assert not found.training and torch.equal(found(x), expected(x))
+    assert drawn[0] != drawn[1]
+    own = models.build("digits", "clipped-relu").train()
+    assert experiments.load(whole, own) is own and not own.training and torch.equal(own(x), expected(x))
+
+
+def test_load_says_what_does_not_fit(tmp_path: Path, whole: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint file"):
+        experiments.load(tmp_path)
+    with pytest.raises(TypeError, match=r"model: got type, want a torch\.nn\.Module or None"):
+        experiments.load(whole, nn.Identity)  # type: ignore[arg-type]
+    other = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU())
+    before = other[0].weight.detach().clone()
+    with pytest.raises(CheckpointError, match=r"tensor '0\.weight' is torch\.float32"):
+        experiments.load(whole, other)
+    assert torch.equal(other[0].weight, before) and other.training
+    tensors, config = checkpoint.load(whole / checkpoint.CHECKPOINT_NAME)
+    recipe_of_own = {**config["recipe"], "model": "somewhere:Net"}
+    checkpoint.save(tmp_path / checkpoint.CHECKPOINT_NAME, tensors, {**config, "recipe": recipe_of_own})
+    with pytest.raises(ValueError, match="model: got None, want the network of somewhere:Net, which .* trained with"):
+        experiments.load(tmp_path)
+    experiments.load(tmp_path, models.build("digits", "clipped-relu"))
+
+
 # -- several processes -------------------------------------------------------------------------------------------
 
 
@@ -491,7 +538,7 @@ def test_two_processes_do_as_one(tmp_path: Path) -> None:
     options = ["--epochs", "2", "--batch-size", "64", "--device", "cpu", "--out", str(tmp_path / "whole")]
     done = _torchrun("-m", "locallip_cuda", "train", "digits", *options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1/2") == 1
+    assert done.stdout.count("epoch 1/2: ") == 1
     _same(tmp_path / "whole", tmp_path / "resumed")
     tensors, config = checkpoint.load(tmp_path / "whole" / checkpoint.CHECKPOINT_NAME)
     assert config["processes"] == 2 and {"random/cpu/0", "random/cpu/1"} <= tensors.keys()

@@ -29,6 +29,11 @@ class CheckpointError(ValueError):
     """A file that is no usable checkpoint; the message names the file and what is wrong with it."""
 
 
+def in_folder(path: Path) -> Path:
+    """The checkpoint's file: ``path`` itself, or the one in it where it is the folder of a run."""
+    return path / CHECKPOINT_NAME if path.is_dir() else path
+
+
 def make_folder(path: Path) -> None:
     """Make the folder ``path`` where there is none, and see that files can be written there: before a long run.
 

@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="locallip", description="Train and certify networks against l2 perturbations with local Lipschitz bounds."
     )
+    parser.add_argument("--version", action="version", version=f"locallip_cuda {build_info()['version']}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     trainer = commands.add_parser(
@@ -182,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
 
     certifier = commands.add_parser(
         "certify",
-        help="measure a trained network's clean, attacked and certified accuracy",
+        help="measure a trained network's accuracy: plain, under attack and certified",
         description="Measure a trained network on the test set. Prints a table; writes certify.json and certify.png. "
         "A run that is stopped goes on where it was when the same command is given again. Several processes: "
         "torchrun --nproc-per-node N --no-python locallip certify ...",
@@ -467,11 +468,6 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     return 0
 
 
-def _checkpoint(path: Path) -> Path:
-    """The file, of a checkpoint or of the folder of a run."""
-    return path / checkpoint.CHECKPOINT_NAME if path.is_dir() else path
-
-
 def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     for guarantee in arguments.guarantee:
         check_guarantee(guarantee, arguments.failure_probability)
@@ -495,7 +491,7 @@ def _certify(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 
 def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Workers) -> evaluation.Measurement:
     """By all processes together; what process 0 has printed and written."""
-    path = _checkpoint(arguments.checkpoint)
+    path = checkpoint.in_folder(arguments.checkpoint)
     model, stored, config = load_model(path, arguments.model, arguments.dataset)
     _check_data(stored.preset, arguments.data)
     device = _choose_device(arguments.device, workers.local_rank)
@@ -532,8 +528,13 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
     question |= {"save": True} if arguments.save else {}
     seed = secrets.randbits(48) if arguments.seed is None else arguments.seed
     journal = Journal(out, question, seed, workers)
-    if journal.samples and workers.rank == 0:
-        print(f"Going on: {journal.samples} samples are done.")
+    title = f"{stored.network}: {len(dataset[: arguments.limit])} test samples of {name}, l2 radius {eps:.4g}"
+    title += "" if arguments.execution == "real" else f", as it runs in {arguments.execution}"
+    if workers.rank == 0:
+        guarantees = ", ".join(dict.fromkeys(["estimate", *arguments.guarantee]))
+        print(f"Measuring {title}; guarantees: {guarantees}; on {device}", flush=True)
+        if journal.samples:
+            print(f"Going on: {journal.samples} samples are done.", flush=True)
     recorder = None
     if arguments.save:
         digests = (witness.weights_digest(model), context["checkpoint"]["sha256"])
@@ -557,20 +558,18 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
         attack_steps=arguments.attack_steps,
         proof_seed=arguments.seed,
         witness=recorder,
-        quiet=not sys.stderr.isatty(),
+        quiet=False,
     )
     if workers.rank == 0:
-        title = f"{stored.network}: {measurement.samples} test samples of {name}, l2 radius {eps:.4g}"
-        title += "" if arguments.execution == "real" else f", as it runs in {arguments.execution}"
         print(report.table(measurement, title))
         environment = {**report.environment(device), "processes": workers.count}
         context = {"command": ["locallip", *command], **context, "environment": environment}
+        written = {path: " (replaced)" if path.exists() else "" for path in (out / "certify.json", out / "certify.png")}
         report.write_json(out / "certify.json", measurement, context)
-        if report.plot(out / "certify.png", measurement, stored.network):
-            print(f"Written: {out / 'certify.json'}, {out / 'certify.png'}")
-        else:
-            print(f"Written: {out / 'certify.json'}")
+        if not report.plot(out / "certify.png", measurement, stored.network):
+            del written[out / "certify.png"]
             print(NO_PLOT)
+        print(f"Written: {', '.join(f'{path}{replaced}' for path, replaced in written.items())}")
         if recorder is not None:
             composed = " by products of norms; those by composed norms are not in it" if window > 1 else ""
             print(f"Written: {recorder.path}, {recorder.finish()} deterministic certificates{composed}.")
@@ -582,7 +581,7 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
 
 
 def _explain(arguments: argparse.Namespace, command: Sequence[str]) -> int:
-    path = _checkpoint(arguments.checkpoint)
+    path = checkpoint.in_folder(arguments.checkpoint)
     if path.suffix == ".onnx":
         raise ValueError(f"CHECKPOINT: got {path}, want a checkpoint or the folder of a run")
     model, stored, config = load_model(path, arguments.model)
@@ -632,7 +631,7 @@ def _audit(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         raise ImportError(f"{error}; an audit needs: pip install python-flint scipy") from error
     file: Path = arguments.file / witness.NAME if arguments.file.is_dir() else arguments.file
     read = witness.read(file)
-    path = _checkpoint(arguments.checkpoint or file.parent)
+    path = checkpoint.in_folder(arguments.checkpoint or file.parent)
     if arguments.checkpoint is None and not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file; --checkpoint says where the network's is")
     model, stored, _ = load_model(path, arguments.model)

@@ -14,8 +14,8 @@ from .comparison import ROWS, Run, best
 
 COLUMNS = (
     "trained with",
-    "clean",
-    "PGD",
+    "accuracy",
+    "under attack",
     "certified",
     "by seed",
     "global product",
@@ -38,10 +38,10 @@ def collected(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         row = rows.setdefault(run.row, {"about": ROWS[run.row].about, "seeds": {}})
         row["seeds"][str(run.seed)] = {
             "commands": [shlex.join(["locallip", *command]) for command in (run.train, run.certify)],
-            "clean": result["clean"],
-            "attacked": result["attacked"],
+            "accuracy": result["accuracy"],
+            "attacked_accuracy": result["attacked_accuracy"],
             "certified": best(result)["accuracy"],
-            "certified_global_estimate": result["certified_global_estimate"],
+            "global_certified_estimate": result["global_certified_estimate"],
             "lipschitz_estimate": fmean(map(_lipschitz, result["per_sample"])),
             "seconds": config["seconds"],
             "seconds_a_step": config["seconds"] / steps,
@@ -92,11 +92,11 @@ def _line(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
     return (
         name,
-        f"{100 * mean('clean'):.2f} %",
-        f"{100 * mean('attacked'):.2f} %",
+        f"{100 * mean('accuracy'):.2f} %",
+        f"{100 * mean('attacked_accuracy'):.2f} %",
         f"{100 * mean('certified'):.2f} %",
         ", ".join(f"{100 * seed['certified']:.1f}" for seed in seeds),
-        f"{100 * mean('certified_global_estimate'):.2f} %",
+        f"{100 * mean('global_certified_estimate'):.2f} %",
         f"{mean('lipschitz_estimate'):.3g}",
         f"{1000 * mean('seconds_a_step'):.1f}",
         f"{mean('seconds'):.0f} s",

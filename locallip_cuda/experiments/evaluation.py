@@ -1,4 +1,4 @@
-"""What ``locallip certify`` measures: clean, attacked and certified accuracy, Lipschitz constants, and their times."""
+"""What ``locallip certify`` measures: accuracy, plain, under attack and certified, Lipschitz constants, their times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..attack import pgd
 from ..bounds import LocalBounds, global_bounds, local_bounds
@@ -22,6 +21,7 @@ from ..propagation.graph import lowered, traced
 from ..propagation.proof import check_provable
 from .data import Dataset
 from .journal import Journal
+from .progress import Pace, Progress, duration
 from .witness import Recorder
 
 # The curve of certified accuracy is sampled at these multiples of the radius.
@@ -66,7 +66,7 @@ class Measurement:
     """Figures of one network on one set at one l2 radius. Accuracies are shares of ``samples``.
 
     Attributes:
-        clean, attacked: accuracy without attack, and under projected gradient descent within the radius.
+        accuracy, attacked_accuracy: without attack, and under projected gradient descent within the radius.
         bound: "local", or "global" where no local bound was asked for: what is said to be local below is then the
             global bound's, by the product and with composed norms.
         window: how many maps in a row were composed in ``composed``; 1 for none.
@@ -75,16 +75,15 @@ class Measurement:
             estimate certifies; "estimate" is always there.
         composed: the same with composed norms, which were tried on samples that the product did not certify, and count
             those that it did. Empty where ``window`` is 1.
-        certified_global_estimate: certified accuracy with the global Lipschitz bound.
-        lipschitz_local_estimate: mean over the samples of the local Lipschitz constant of all layers but the
-            last.
-        lipschitz_global_estimate: the global one.
+        global_certified_estimate: certified accuracy with the global Lipschitz bound.
+        lipschitz_estimate: mean over the samples of the local Lipschitz constant of all layers but the last.
+        global_lipschitz_estimate: the global one.
         curve_estimate: rows (radius, certified accuracy with the local bound, with the global bound).
         curve_composed: certified accuracy with composed norms at the same radii, an estimate too; empty for none.
         seconds: time each stage took, summed over the processes that worked on it, in all runs.
         seed: of the random vectors of the attack.
         proof_seed: of those of the proofs, if it was given; it voids the probabilistic guarantee.
-        per_sample: index, label, prediction (of `model(x)`, as the clean accuracy counts), whether the attack failed,
+        per_sample: index, label, prediction (of `model(x)`, as the accuracy counts), whether the attack failed,
             largest radius of the curve certified by the estimate, with composed norms too, and under "guarantees" and
             "composed", for every guarantee tried, the bound that decided ("global", "product" or "composed"), its
             margin of the label, Lipschitz constant, verdict, and the prediction that it speaks of: a proof's is that of
@@ -96,13 +95,13 @@ class Measurement:
     bound: str
     window: int
     execution: str
-    clean: float
-    attacked: float
+    accuracy: float
+    attacked_accuracy: float
     certified: dict[str, Certified]
     composed: dict[str, Certified]
-    certified_global_estimate: float
-    lipschitz_local_estimate: float
-    lipschitz_global_estimate: float
+    global_certified_estimate: float
+    lipschitz_estimate: float
+    global_lipschitz_estimate: float
     curve_estimate: list[tuple[float, float, float]]
     curve_composed: list[float]
     seconds: dict[str, float]
@@ -169,15 +168,15 @@ class _Examiner:
         seed: int,
         proof_seed: int | None,
         seconds: dict[str, float],
-        bar: Any,
         witness: Recorder | None,
     ) -> None:
         self.witness = witness
         self.model, self.eps, self.radius, self.proofs = model, eps, radius, proofs
         self.bound, self.window, self.execution = bound, window, execution
         self.failure_probability, self.iterations, self.attack_steps = failure_probability, iterations, attack_steps
-        self.seed, self.proof_seed, self.seconds, self.bar = seed, proof_seed, seconds, bar
+        self.seed, self.proof_seed, self.seconds = seed, proof_seed, seconds
         self.global_norms = ProvedNorms()
+        self.stage = ""  # what it is at
 
     def __call__(self, batch: _Batch) -> list[dict[str, Any]]:
         x, y = batch.x, batch.y
@@ -262,7 +261,7 @@ class _Examiner:
 
     @contextmanager
     def _stage(self, name: str, x: Tensor) -> Iterator[None]:
-        self.bar.set_postfix_str(name)
+        self.stage = name
         started = time.perf_counter()
         yield
         if x.is_cuda:
@@ -373,37 +372,43 @@ def measure(
     count, workers = len(dataset), journal.workers
     batches = [list(range(first, min(first + batch_size, count))) for first in range(0, count, batch_size)]
     left = [indices for indices in batches if len(journal.batches.get(indices[0], ())) < len(indices)]
-    done = count - sum(map(len, left))
-    with tqdm(
-        total=count, initial=done, unit="sample", leave=False, disable=quiet or workers.rank > 0, dynamic_ncols=True
-    ) as bar:
-        examine = _Examiner(
-            model,
-            eps,
-            bound,
-            radius,
-            window,
-            proofs,
-            execution,
-            failure_probability,
-            iterations,
-            attack_steps,
-            journal.seed,
-            proof_seed,
-            journal.seconds,
-            bar,
-            witness,
-        )
+    before = done = count - sum(map(len, left))
+    pace = Pace(time.perf_counter(), done)
+    examine = _Examiner(
+        model,
+        eps,
+        bound,
+        radius,
+        window,
+        proofs,
+        execution,
+        failure_probability,
+        iterations,
+        attack_steps,
+        journal.seed,
+        proof_seed,
+        journal.seconds,
+        witness,
+    )
 
-        def show(more: int = 0) -> None:
-            bar.update(done + workers.count_up("samples", more) - bar.n)
+    def now() -> tuple[str, str]:
+        seconds = pace.seconds_for(count - done)
+        return f"{done}/{count} samples", examine.stage + ("" if seconds is None else f", {duration(seconds)} left")
 
+    def count_up(more: int = 0) -> None:
+        nonlocal done
+        done = before + workers.count_up("samples", more)
+        pace.mark(time.perf_counter(), done)
+        progress.reach(done)
+
+    with Progress(count, done, silent=quiet or workers.rank > 0) as progress, progress.showing(now):
         while (taken := workers.count_up("batches", 1) - 1) < len(left):
             indices = left[taken]
             journal.batches[indices[0]] = examine(_Batch(indices, *dataset.batch(torch.tensor(indices), device)))
             journal.save()
-            show(len(indices))
-        workers.wait(show)
+            count_up(len(indices))
+        examine.stage = "waiting for the other processes"
+        workers.wait(count_up)
     seconds = journal.merged()
     results = [
         {"index": i, **result} for own in batches for i, result in zip(own, journal.batches[own[0]], strict=False)
@@ -473,16 +478,16 @@ def _summary(
     return Measurement(
         samples=count,
         eps=eps,
-        clean=share(correct),
-        attacked=sum(r["attack_failed"] for r in results) / count,
+        accuracy=share(correct),
+        attacked_accuracy=sum(r["attack_failed"] for r in results) / count,
         bound=bound,
         window=window,
         execution=execution,
         certified={guarantee: certified(guarantee) for guarantee in ("estimate", *proofs)},
         composed={guarantee: certified(guarantee, "composed") for guarantee in ("estimate", *proofs) if window > 1},
-        certified_global_estimate=share(correct & (radii > eps)),
-        lipschitz_local_estimate=sum(r["guarantees"]["estimate"]["lipschitz"] for r in results) / count,
-        lipschitz_global_estimate=lipschitz_global,
+        global_certified_estimate=share(correct & (radii > eps)),
+        lipschitz_estimate=sum(r["guarantees"]["estimate"]["lipschitz"] for r in results) / count,
+        global_lipschitz_estimate=lipschitz_global,
         curve_estimate=[(f * eps, share(correct & (reach >= f)), share(correct & (radii > f * eps))) for f in CURVE],
         curve_composed=[] if far is None else [share(correct & (far >= f)) for f in CURVE],
         seconds=seconds,

@@ -77,12 +77,12 @@ def _afresh(objective: Objective, x: Tensor) -> LocalBounds:
 def closeness(objective: Objective, dataset: data.Dataset, eps: float) -> dict[str, float]:
     """How much of the true norms training at radius ``eps`` sees, on the first samples of ``dataset``.
 
-    mean and worst of the product of the layer norms, over the samples; layer: the mean of the layer, or the chain of
-    maps that is composed, where it is least.
+    mean and worst_sample of the product of the layer norms; worst_layer: the mean of the layer, or the chain of maps
+    that is composed, where it is least.
     """
     device = next(objective.parameters()).device
     x, y = dataset.batch(torch.arange(min(CLOSENESS_SAMPLES, len(dataset))), device)
     bounds = bounds_at_rest(objective, x, y, eps)
     layers, product = torch.cat([bounds.closeness, bounds.composed_closeness], 1), bounds.closeness.prod(1)
-    found = {"mean": product.mean(), "worst": product.min(), "layer": layers.mean(0).min()}
+    found = {"mean": product.mean(), "worst_sample": product.min(), "worst_layer": layers.mean(0).min()}
     return {f"closeness_{name}": float(value) for name, value in found.items()}

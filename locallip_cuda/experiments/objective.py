@@ -96,14 +96,14 @@ class Objective(nn.Module):
         """What the certified loss is of."""
         recipe = self.recipe
         if self.bound == "global":
-            iterations = max(recipe.iterations, GLOBAL_ITERATIONS)
+            iterations = max(recipe.iterations, GLOBAL_ITERATIONS) if self.norms is None else None
             return global_bounds(self.model, x, eps, iterations=iterations, norms=self.norms, window=recipe.window)
         return local_bounds(
             self.model,
             x,
             eps,
             radius=recipe.radius,
-            iterations=recipe.iterations,
+            iterations=recipe.iterations if self.norms is None else None,
             norms=self.norms,
             y=y,
             window=recipe.window,
@@ -160,7 +160,8 @@ def bounds_at_rest(objective: Objective, x: Tensor, y: Tensor, eps: float) -> Lo
 def means_of(totals: Sequence[float]) -> dict[str, float]:
     """Means over the samples; those of the bound over the samples that had one (none in the warm-up)."""
     sums = dict(zip(STATISTICS, totals, strict=True))
-    means = {name: sums[name] / max(sums["samples"], 1) for name in ("loss", "clean", "correct")}
+    names = {"loss": "loss", "clean": "clean", "accuracy": "correct"}
+    means = {name: sums[of] / max(sums["samples"], 1) for name, of in names.items()}
     bounded = {
         name: sums[name] / max(sums["bounded"], 1)
         for name in ("robust", "sparsity", "certified_estimate", "lipschitz_estimate")

@@ -48,7 +48,7 @@ def caveats(measurement: Measurement) -> list[str]:
         if c.other_class:
             lines.append(
                 f"{name}: {c.other_class} of the samples it was tried on have another class in its arithmetic than in "
-                "the network's own, which clean accuracy counts; what is certified has the label in both."
+                "the network's own, which the accuracy counts; what is certified has the label in both."
             )
     return lines
 
@@ -59,8 +59,8 @@ def table(measurement: Measurement, title: str) -> str:
     estimate = m.certified["estimate"].accuracy
     rows = [
         ("", "value", "against the estimate", "time", "a sample"),
-        ("clean accuracy", f"{m.clean:.2%}", "", f"{seconds['clean']:.1f} s", ""),
-        ("accuracy under attack (PGD)", f"{m.attacked:.2%}", "", f"{seconds['attack']:.1f} s", ""),
+        ("accuracy", f"{m.accuracy:.2%}", "", f"{seconds['clean']:.1f} s", ""),
+        ("accuracy under attack (PGD)", f"{m.attacked_accuracy:.2%}", "", f"{seconds['attack']:.1f} s", ""),
     ]
     for name, c in m.certified.items():
         price = "" if name == "estimate" else f"{100 * (c.accuracy - estimate):+.2f} points"
@@ -75,13 +75,13 @@ def table(measurement: Measurement, title: str) -> str:
         rows += _by_global(c, m)
     broken = sum(c.broken for c in (*m.certified.values(), *m.composed.values()))
     if m.bound == "local":
-        everywhere = f"{m.certified_global_estimate:.2%}"
+        everywhere = f"{m.global_certified_estimate:.2%}"
         rows += [
             ("certified (estimate), global bound", everywhere, "", f"{seconds['global bound']:.1f} s", ""),
-            ("mean local Lipschitz constant (estimate)", f"{m.lipschitz_local_estimate:.4g}", "", "", ""),
+            ("Lipschitz (estimate), local bound, mean", f"{m.lipschitz_estimate:.4g}", "", "", ""),
         ]
     rows += [
-        ("global Lipschitz constant (estimate)", f"{m.lipschitz_global_estimate:.4g}", "", "", ""),
+        ("Lipschitz (estimate), global bound", f"{m.global_lipschitz_estimate:.4g}", "", "", ""),
         ("certified samples the attack broke", f"{broken}", "", "", ""),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -176,7 +176,9 @@ def plot(path: Path, measurement: Measurement, title: str) -> bool:
         if name != "estimate":
             label = f"{m.bound} bound, {windowed(m.window)} ({name})"
             axes.plot([m.eps], [100 * c.accuracy], marker="P", linestyle="none", label=label)
-    axes.plot([m.eps], [100 * m.attacked], marker="x", linestyle="none", color="black", label="under attack (PGD)")
+    axes.plot(
+        [m.eps], [100 * m.attacked_accuracy], marker="x", linestyle="none", color="black", label="under attack (PGD)"
+    )
     axes.axvline(m.eps, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="l2 radius", ylabel="accuracy (%)", title=title, ylim=(0, 100), xlim=(0, max(radii) or 1))
     axes.grid(alpha=0.3)

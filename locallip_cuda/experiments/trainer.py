@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import resource
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from ..build_info import build_info
 from ..propagation.training_norms import SAMPLES
@@ -33,11 +31,19 @@ from .distributed import Workers
 from .monitor import Evaluation, closeness, evaluate
 from .network import build_model
 from .objective import STATISTICS, Objective, bounds_at_rest, means_of, set_precision
+from .progress import Pace, Progress, duration
 from .recipes import Recipe
 from .training_step import TrainingStep, adam
 
 # Steps between two looks at how close the norms come, after which their iterations are chosen anew.
 CONTROL_EVERY = 25
+
+# What records of the history were called in checkpoints of earlier versions.
+RENAMED = {
+    "correct": "accuracy",
+    "closeness_worst": "closeness_worst_sample",
+    "closeness_layer": "closeness_worst_layer",
+}
 
 
 class Interrupted(Exception):
@@ -143,7 +149,7 @@ class Trainer:
         self.capture = settings.device.type == "cuda" and self.workers.count == 1
         self.optimiser = adam(self.model.parameters(), recipe.learning_rate, capture=self.capture)
         self.epoch = self.step = 0
-        self.seconds = 0.0
+        self.seconds = self.look_seconds = 0.0
         self.memory = 0  # peak in bytes, of tensors on a GPU, of the process on a CPU
         self.history: list[dict[str, float]] = []
         # Asked now: the package may be installed anew while a long run goes on.
@@ -199,10 +205,11 @@ class Trainer:
             recipe = Recipe.from_dict(config["recipe"])
             position, samples = config["position"], int(config["samples"])
             self.epoch, self.step = int(position["epoch"]), int(position["step"])
-            self.seconds, self.history = float(config["seconds"]), list(config["history"])
+            self.seconds = float(config["seconds"])
+            self.history = [{RENAMED.get(k, k): v for k, v in record.items()} for record in config["history"]]
             self.memory = int(config.get("memory", 0))  # earlier versions kept none
             processes = int(config["processes"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: its configuration is not a training run's ({error})") from error
         if recipe != self.recipe:
             ours, theirs = self.recipe.to_dict(), recipe.to_dict()
@@ -260,19 +267,16 @@ class Trainer:
         with (
             _Signals(self.workers.started_by_torchrun) as signals,
             self._tensorboard() as board,
-            tqdm(
-                total=self.recipe.epochs * self.steps,
-                initial=self.epoch * self.steps + self.step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=self.workers.rank > 0 or not sys.stderr.isatty(),
-            ) as bar,
+            Progress(
+                self.recipe.epochs * self.steps, self.epoch * self.steps + self.step, silent=self.workers.rank > 0
+            ) as progress,
         ):
+            pace = Pace(self.seconds, self.epoch * self.steps + self.step)
             while self.epoch < self.recipe.epochs:
-                speed = self._train_epoch(update, signals, bar)
-                means = self._finite_means()
-                evaluation = self._look(signals)
-                self._finish_epoch(means, evaluation, speed, board, terminal=not bar.disable)
+                speed = self._train_epoch(update, signals, progress, pace)
+                record = self._trained(speed, progress, pace)
+                evaluation = self._look(record, signals, progress, pace)
+                self._finish_epoch(record, board)
                 self.save()
         return evaluation
 
@@ -294,37 +298,80 @@ class Trainer:
         self.workers.any(False)  # the others wait until process 0 has written it
         raise Interrupted(signals.number or signal.SIGTERM, self.path)
 
-    def _look(self, signals: _Signals) -> Evaluation | None:
+    def _look_is_due(self, epoch: int) -> bool:
+        return (epoch + 1) % self.recipe.evaluate_every == 0 or epoch + 1 == self.recipe.epochs
+
+    def _look(self, record: dict[str, float], signals: _Signals, progress: Progress, pace: Pace) -> Evaluation | None:
         """The look at the test set that is due after this epoch, if any. Stopped in it, a run resumes with it."""
-        if (self.epoch + 1) % self.recipe.evaluate_every and self.epoch + 1 < self.recipe.epochs:
+        if not self._look_is_due(self.epoch):
             return None
-        self._choose_bound(self.epoch + (self.steps - 1) / self.steps)  # as the last step, which may be of another run
-        found = evaluate(self.objective, self.test_set, self.workers, stop=lambda: self._stopped(signals))
+        where, seen, started = f"epoch {self.epoch + 1}/{self.recipe.epochs}, test", 0, time.perf_counter()
+        if progress.terminal:
+            progress.show(where, f"{len(self.test_set)} samples")
+
+        def stop() -> bool:
+            nonlocal seen
+            seen = min(seen + self.recipe.batch_size, len(self.test_set))
+            if progress.due():
+                progress.show(where, f"{seen} of {len(self.test_set)} samples{self._time_left(pace)}")
+            return self._stopped(signals)
+
+        found = evaluate(self.objective, self.test_set, self.workers, stop=stop)
         if found is None:
             self._interrupt(signals)
+        self.look_seconds = time.perf_counter() - started
+        record.update({f"test_{name}": value for name, value in vars(found).items()})
+        progress.line(
+            f"{where}: accuracy {found.accuracy:.2%}, certified (estimate) {found.certified_estimate:.2%} "
+            f"at eps {self.recipe.eps:.3g}, Lipschitz (estimate) {found.lipschitz_estimate:.3g}; "
+            f"{duration(self.look_seconds)} for {len(self.test_set)} samples"
+        )
         return found
 
-    def _train_epoch(self, update: TrainingStep, signals: _Signals, bar: tqdm[Any]) -> float:
+    def _train_epoch(self, update: TrainingStep, signals: _Signals, progress: Progress, pace: Pace) -> float:
         """The rest of the current epoch; returns the samples per second."""
         recipe, device = self.recipe, self.settings.device
-        first, before, started, shown = self.step, self.seconds, time.perf_counter(), 0.0
-        bar.set_description(f"epoch {self.epoch + 1}/{recipe.epochs}")
+        first, before, started = self.step, self.seconds, time.perf_counter()
+        where = f"epoch {self.epoch + 1}/{recipe.epochs}"
         for x, y in self.batches.epoch(self.epoch, first):
             self._train_step(update, x, y)
             self.step += 1
             self.seconds = before + time.perf_counter() - started
-            bar.update()
-            if not bar.disable and time.perf_counter() - shown > 1:  # reading the sums waits for the GPU
-                done = (self.step - first) * recipe.batch_size
-                line = _line(means_of(self.totals.tolist()))
-                bar.set_postfix_str(f"{line}, {done / (self.seconds - before):.0f} samples/s")
-                shown = time.perf_counter()
+            if progress.due():
+                means = means_of(self.totals.tolist())  # waits for the GPU
+                self.seconds = before + time.perf_counter() - started
+                self._reach(progress, pace)
+                if progress.terminal:
+                    progress.show(where, f"{_short_line(means)}{self._time_left(pace)}")
+                else:
+                    step = f"step {self.step}/{self.steps}"
+                    progress.show(f"{where}, {step}", f"{_line(means)}{self._time_left(pace)}")
             if self._stopped(signals):
                 self._interrupt(signals)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.seconds = before + time.perf_counter() - started
+        self._reach(progress, pace)
         return (self.step - first) * recipe.batch_size / max(self.seconds - before, 1e-9)
+
+    def _reach(self, progress: Progress, pace: Pace) -> None:
+        done = self.epoch * self.steps + self.step
+        progress.reach(done)
+        pace.mark(self.seconds, done)
+
+    def _time_left(self, pace: Pace) -> str:
+        """Of the whole run: its steps at their pace, its looks at the test set as long as the last one.
+
+        "> " where steps are to come that cost more, by another bound than those of now or by any at all.
+        """
+        recipe = self.recipe
+        steps = pace.seconds_for((recipe.epochs - self.epoch) * self.steps - self.step)
+        if steps is None:
+            return ""
+        looks = sum(map(self._look_is_due, range(self.epoch, recipe.epochs)))
+        now = self._bound_at(self.epoch + max(self.step - 1, 0) / self.steps)
+        more = "" if now == self._bound_at(recipe.epochs) else "> "
+        return f", {more}{duration(steps + looks * self.look_seconds)} left"
 
     def _train_step(self, update: TrainingStep, x: Tensor, y: Tensor) -> None:
         now, recipe = self.epoch + self.step / self.steps, self.recipe
@@ -336,6 +383,12 @@ class Trainer:
     def _choose_bound(self, now: float) -> None:
         self.objective.bound = "global" if now < self.recipe.global_epochs else "local"
 
+    def _bound_at(self, now: float) -> str | None:
+        """What a step computes, None in the warm-up."""
+        if self.recipe.kappa(now) == 1:
+            return None
+        return "global" if now < self.recipe.global_epochs else "local"
+
     def _control_norms(self, x: Tensor, y: Tensor, eps: float) -> None:
         """Choose the norms' iterations anew, by a look at the first samples of the first process."""
         norms = self.objective.norms
@@ -345,45 +398,41 @@ class Trainer:
         norms.control(bounds_at_rest(self.objective, x, y, eps), y)
         norms.set_extra_state(self.workers.gather(norms.get_extra_state())[0])
 
-    def _finish_epoch(
-        self, means: dict[str, float], evaluation: Evaluation | None, speed: float, board: Any, terminal: bool
-    ) -> None:
-        """Log the epoch and move on; a terminal, which has the bar, gets a line only with a look at the test."""
+    def _trained(self, speed: float, progress: Progress, pace: Pace) -> dict[str, float]:
+        """The record of an epoch whose steps are done, and its line; a terminal gets that with a look at the test."""
         recipe, end = self.recipe, self.epoch + (self.steps - 1) / self.steps
-        self.totals.zero_()
-        self.epoch, self.step = self.epoch + 1, 0
+        means = self._finite_means()
+        self._choose_bound(end)  # as the last step, which may be of another run
         schedule = {
             "kappa": recipe.kappa(end),
             "eps": recipe.radius_at(end),
             "learning_rate": recipe.learning_rate_at(end),
         }
-        record = {"epoch": float(self.epoch), "seconds": self.seconds, **means, **schedule, "samples_per_second": speed}
-        text = f"epoch {self.epoch}/{recipe.epochs}: {_line(means)} at eps {schedule['eps']:.3g}"
+        record = {"epoch": self.epoch + 1.0, "seconds": self.seconds, **means, **schedule, "samples_per_second": speed}
+        text = f"epoch {self.epoch + 1}/{recipe.epochs}: {_line(means)} at eps {schedule['eps']:.3g}"
         if schedule["eps"]:
             seen = closeness(self.objective, self.training_set, schedule["eps"])
             record.update(seen)
             text += (
-                f"; closeness {seen['closeness_mean']:.3f}, worst sample {seen['closeness_worst']:.3f}, "
-                f"worst layer {seen['closeness_layer']:.3f}"
+                f"; closeness {seen['closeness_mean']:.3f}, worst sample {seen['closeness_worst_sample']:.3f}, "
+                f"worst layer {seen['closeness_worst_layer']:.3f}"
             )
             if self.objective.norms is not None and self.objective.bound == "local":
                 text += f", iterations {self.objective.norms.extra_repr()}"
-        if evaluation is not None:
-            record.update({f"test_{name}": value for name, value in vars(evaluation).items()})
-            text += (
-                f"; test: accuracy {evaluation.accuracy:.2%}, certified (estimate) {evaluation.certified_estimate:.2%} "
-                f"at eps {recipe.eps:.3g}, Lipschitz {evaluation.lipschitz_estimate:.3g}"
-            )
-        text += f"; lr {schedule['learning_rate']:.2g}, kappa {schedule['kappa']:.2f}, {speed:.0f} samples/s"
+        text += f"; learning rate {schedule['learning_rate']:.2g}, kappa {schedule['kappa']:.2f}, {speed:.0f} samples/s"
+        look = self._look_is_due(self.epoch)
+        if look or not progress.terminal:
+            progress.line(text + self._time_left(pace) + ("; now the test set" if look else ""))
+        return record
+
+    def _finish_epoch(self, record: dict[str, float], board: Any) -> None:
+        self.totals.zero_()
+        self.epoch, self.step = self.epoch + 1, 0
         self.history.append(record)
-        if self.workers.rank == 0:
-            if evaluation is not None or not terminal:
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
-            if board is not None:
-                for name, value in record.items():
-                    tag = f"test/{name[5:]}" if name.startswith("test_") else f"train/{name}"
-                    board.add_scalar(tag, value, self.epoch)
+        if board is not None:
+            for name, value in record.items():
+                tag = f"test/{name[5:]}" if name.startswith("test_") else f"train/{name}"
+                board.add_scalar(tag, value, self.epoch)
 
     @contextmanager
     def _tensorboard(self) -> Iterator[Any]:
@@ -394,7 +443,8 @@ class Trainer:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            print('No TensorBoard log: tensorboard is not installed (pip install "locallip-cuda[tensorboard]").')
+            if not self.settings.resume:  # it was said when the run began
+                print('No TensorBoard log: tensorboard is not installed (pip install "locallip-cuda[tensorboard]").')
             yield None
             return
         # What an earlier process logged beyond its last checkpoint is dropped.
@@ -408,5 +458,11 @@ def _line(means: dict[str, float]) -> str:
         text += f", robust {means['robust']:.4f}"
     if means["sparsity"]:
         text += f", sparsity {means['sparsity']:.4f}"
-    text += f"), accuracy {means['correct']:.2%}"
+    text += f"), accuracy {means['accuracy']:.2%}"
     return f"{text}, certified (estimate) {means['certified_estimate']:.2%}" if means["robust"] else text
+
+
+def _short_line(means: dict[str, float]) -> str:
+    """For a bar in 80 columns."""
+    text = f"loss {means['loss']:.2f}, accuracy {means['accuracy']:.0%}"
+    return f"{text}, certified (estimate) {means['certified_estimate']:.0%}" if means["robust"] else text
