@@ -75,7 +75,7 @@ def test_train_and_certify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["certify", str(out / checkpoint.CHECKPOINT_NAME), *beside]) == 0
     values = json.loads((tmp_path / "else" / "certify.json").read_text())
     assert values["settings"]["window"] == 3 and len(values["result"]["composed"]) == 2
-    assert "certified (probabilistic), local bound, 3 maps composed" in capsys.readouterr().out
+    assert "certified (probabilistic), local bound, up to 3 maps composed" in capsys.readouterr().out
     quick = ["--limit", "9", "--attack-steps", "1", "--guarantee", "estimate"]
     assert cli.main(["certify", str(out), *quick]) == 0
     again = f"Written: {out / 'certify.json'} (replaced), {out / 'certify.png'} (replaced)\n"
@@ -88,7 +88,7 @@ def test_training_with_composed_norms(tmp_path: Path, capsys: pytest.CaptureFixt
     _, recipe, _ = load_model(out / checkpoint.CHECKPOINT_NAME)
     assert recipe.window == 2
     assert cli.main(["certify", str(out), "--limit", "20", "--attack-steps", "5", "--guarantee", "estimate"]) == 0
-    assert "certified (estimate), local bound, 2 maps composed" in capsys.readouterr().out
+    assert "certified (estimate), local bound, up to 2 maps composed" in capsys.readouterr().out
     assert cli.main([*TRAIN, "--window", "2", "--radius", "global", "--out", str(tmp_path / "no")]) == 2
     assert "window is 2 and radius 'global'" in capsys.readouterr().err
 
