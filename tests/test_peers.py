@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,27 +16,30 @@ from bench.peers.certifiers import OWN, PEERS
 from bench.peers.comparison import LARGEST, adversarial_distance, compare, table
 from locallip_cuda.experiments import checkpoint, recipes
 from locallip_cuda.experiments.network import build_model
+from tests.helpers import small_network
 
-EPS = 0.3
+EPS = 0.15
 HERE = [peer for peer in PEERS if peer.distribution == OWN]
 
 
 @pytest.fixture
-def problem(
-    trained: Callable[[str], nn.Sequential], digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> tuple[nn.Sequential, Tensor, Tensor]:
+def problem(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """An untrained network, eight images, and labels: what it answers, but for the last image."""
     monkeypatch.setattr(certifiers, "PUBLISHED_ITERATIONS", 30)
-    for name, value in {"HALVINGS": 3, "ATTACK_STEPS": 20, "ATTACK_HALVINGS": 5}.items():
+    for name, value in {"ATTACK_STEPS": 20, "ATTACK_HALVINGS": 5}.items():
         monkeypatch.setattr(comparison, name, value)
-    torch.manual_seed(0)
-    return trained("relu"), digits[0][:8], digits[1][:8]
+    model = small_network("relu")
+    x = torch.rand(8, 2, 6, 6, dtype=torch.float64)
+    y = model(x).argmax(1)
+    y[-1] = (y[-1] + 1) % 5
+    return model, x, y
 
 
 def test_no_radius_of_a_proof_exceeds_the_distance_of_an_adversarial_point(
     problem: tuple[nn.Sequential, Tensor, Tensor],
 ) -> None:
     model, x, y = problem
-    rows, distance = compare(model, x, y, EPS, 4, HERE)
+    rows, distance = compare(model, x, y, EPS, 4, 3, HERE)
     assert [row.peer.name for row in rows] == [peer.name for peer in HERE] and len(rows) == 7
     assert not any(row.problem for row in rows)
     assert bool((distance < LARGEST * EPS).any())
@@ -53,12 +55,12 @@ def test_no_radius_of_a_proof_exceeds_the_distance_of_an_adversarial_point(
 
 
 def test_what_certifies_too_much_is_refuted(problem: tuple[nn.Sequential, Tensor, Tensor]) -> None:
-    everything = replace(HERE[0], make=lambda *_: lambda x, y, eps: eps < 3 * EPS)
-    (row,), distance = compare(*problem, EPS, 8, [everything])
-    right = problem[0](problem[1]).argmax(1) == problem[2]
-    assert row.refuted == int((right & (distance < EPS)).sum()) + int(
-        (right & (distance > EPS) & (distance < 3 * EPS)).sum()
-    )
+    model, x, y = problem
+    too_much = replace(HERE[0], make=lambda *_: lambda x, y, eps: eps < 3 * EPS)
+    (row,), distance = compare(model, x, y, EPS, 8, 3, [too_much])
+    right = model(x).argmax(1) == y
+    assert row.radius == pytest.approx([2.875 * EPS * float(each) for each in right])  # from 1 to 4, halved three times
+    assert row.refuted == int((right & (distance < 2.875 * EPS)).sum()) > 0
 
 
 def test_adversarial_points_of_a_linear_network_lie_at_its_boundary() -> None:
@@ -77,7 +79,7 @@ def test_a_peer_that_is_missing_or_fails_is_a_row_that_says_so(problem: tuple[nn
 
     missing = replace(HERE[0], name="missing", module="a_module_that_nobody_has")
     failing = replace(HERE[0], name="failing", make=lambda *_: fails)
-    rows, distance = compare(*problem, EPS, 4, [missing, failing, HERE[0]])
+    rows, distance = compare(*problem, EPS, 4, 0, [missing, failing, HERE[0]])
     assert [row.problem for row in rows] == ["not installed", "RuntimeError: no such | layer", ""]
     lines = table(rows, distance, EPS)
     assert "not installed" in lines[2] and "no such / layer" in lines[3]

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.peers.certifiers import PEERS
-from bench.peers.comparison import HALVINGS, LARGEST, compare, table
+from bench.peers.comparison import LARGEST, compare, table
 from bench.report import without_nan
 from locallip_cuda.experiments import checkpoint, data, models, report
 from locallip_cuda.experiments.network import load_model
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eps", type=float, metavar="X", help="l2 radius (default: the recipe's)")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="test images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=20, metavar="N", help="at a time (default: %(default)s)")
+    parser.add_argument("--halvings", type=int, default=6, metavar="N", help="for a radius (default: %(default)s)")
     parser.add_argument("--auto-lirpa", type=Path, metavar="PATH", help="a folder that has auto_LiRPA/")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", choices=[p.name for p in PEERS])
     options = parser.parse_args(arguments)
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     x, y = dataset.batch(torch.arange(len(dataset)), torch.device("cpu"))
     torch.manual_seed(0)
     peers = [peer for peer in PEERS if peer.name not in options.without]
-    rows, distance = compare(model, x, y, eps, options.batch_size, peers)
+    rows, distance = compare(model, x, y, eps, options.batch_size, options.halvings, peers)
 
     environment = report.environment(torch.device("cpu"))
     command, date = shlex.join(["python", "-m", "bench.peers", *arguments]), f"{datetime.now(timezone.utc):%Y-%m-%d}"
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"- hardware: {environment['processor']}, {environment['threads']} threads; seconds are processor time",
         f"- software: torch {environment['torch']}, Python {environment['python']}",
         f"- network: {network}, {options.batch_size} at a time",
-        f"- radius: of all samples, the largest found below {LARGEST * eps:g} by {HALVINGS} halvings from {eps:g} on; "
-        "0 where there is none or the class is wrong",
+        f"- radius: of all samples, the largest found below {LARGEST * eps:g} by {options.halvings} halvings from "
+        f"{eps:g} on; 0 where there is none or the class is wrong",
         *(f"- {row.peer.name}: {row.peer.settings}" for row in rows if row.peer.settings),
         "",
         *table(rows, distance, eps),

@@ -22,9 +22,8 @@ from bench.peers.certifiers import OWN, Holds, Peer
 from bench.report import markdown_table
 from locallip_cuda.attack import pgd
 
-# Radii are looked for up to so many times eps, in so many halvings.
+# Radii are looked for up to so many times eps.
 LARGEST = 4.0
-HALVINGS = 6
 ATTACK_STEPS = 50
 ATTACK_HALVINGS = 10
 
@@ -51,9 +50,11 @@ class Row:
 
 
 def compare(
-    model: nn.Sequential, x: Tensor, y: Tensor, eps: float, batch_size: int, peers: Sequence[Peer]
+    model: nn.Sequential, x: Tensor, y: Tensor, eps: float, batch_size: int, halvings: int, peers: Sequence[Peer]
 ) -> tuple[list[Row], Tensor]:
     """A row for each peer, and (N,) distances of adversarial points, of x (N, *input) with labels y (N,).
+
+    halvings: of the interval in which a radius lies; with none it is eps or 0.
 
     The peers take turns on each batch, so that a slow minute of the machine is everyone's. What a first call does alone
     is not timed. A peer that fails has the reason in its row, and no more turns.
@@ -66,7 +67,7 @@ def compare(
         distances.append(adversarial_distance(model, part, labels, LARGEST * eps))
         for row in rows:
             if not row.problem:
-                attempt(row, certify_batch, holds[row.peer.name], model, part, labels, eps)
+                attempt(row, certify_batch, holds[row.peer.name], model, part, labels, eps, halvings)
     distance = torch.cat(distances)
     for row in rows:
         if not row.problem:
@@ -112,14 +113,16 @@ def version(peer: Peer) -> str:
     return f"{getattr(module, '__version__', 'unknown')}, from {place}"
 
 
-def certify_batch(row: Row, holds: Holds, model: nn.Sequential, x: Tensor, y: Tensor, eps: float) -> None:
+def certify_batch(
+    row: Row, holds: Holds, model: nn.Sequential, x: Tensor, y: Tensor, eps: float, halvings: int
+) -> None:
     right = model(x).argmax(1) == y
     radius = torch.full((len(x),), eps, dtype=torch.float64)
     started = time.process_time()
     at_eps = holds(x, y, radius)
     row.seconds += time.process_time() - started
     low, high = torch.where(at_eps & right, radius, 0), torch.where(at_eps, LARGEST * radius, radius)
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         middle = (low + high) / 2
         certified = right & holds(x, y, middle)
         low, high = torch.where(certified, middle, low), torch.where(certified, high, middle)
