@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (options.auto_lirpa / "auto_LiRPA").is_dir():
             parser.error(f"--auto-lirpa: got {options.auto_lirpa}, want a folder that has auto_LiRPA/")
         sys.path.insert(0, str(options.auto_lirpa))
+    environment = report.environment(torch.device("cpu"))  # of the code that runs, whatever is committed meanwhile
     model, recipe, config = load_model(options.run / checkpoint.CHECKPOINT_NAME)
     eps = recipe.eps if options.eps is None else options.eps
     dataset = data.load(models.spec(recipe.preset).data, options.data, train=False)[: options.limit]
@@ -53,7 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = [peer for peer in PEERS if peer.name not in options.without]
     rows, distance = compare(model, x, y, eps, options.batch_size, options.halvings, peers)
 
-    environment = report.environment(torch.device("cpu"))
     command, date = shlex.join(["python", "-m", "bench.peers", *arguments]), f"{datetime.now(timezone.utc):%Y-%m-%d}"
     network = (
         f"{recipe.network}, {config['position']['epoch']} epochs; {dataset.name} test set, the first {len(x)} images"
