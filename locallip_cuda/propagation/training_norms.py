@@ -43,10 +43,15 @@ DOWN_AT_ONCE = 2
 
 # What control holds on its samples: means over them of the product and of every layer, and the worst product.
 SAMPLES = 8
-PRODUCT, LAYER, WORST = 0.985, 0.99, 0.95
+PRODUCT, LAYER, WORST = 0.985, 0.98, 0.95
 
-# From this share of its global norm on, the masked norms of a layer give way to it; below the second they come back.
+# From this share of its global norm on, the masked norms of a layer give way to it, and so do the norms of its rows to
+# those without masks; below the second they come back.
 SHARE, LESS_SHARE = 0.98, 0.97
+
+# Up to this share of the units that vary whose interval it narrows, a layer's box is left out; above the second it
+# comes back.
+NARROWED, MORE_NARROWED = 0.01, 0.02
 
 
 class TrainingNorms(nn.Module):
@@ -65,7 +70,9 @@ class TrainingNorms(nn.Module):
     every class. In training mode every call moves them by the batch's; in eval mode they stay. Where its masks take
     away next to nothing of it (2 %), a layer has one norm for all samples, its global one, which is above the masked
     ones; everywhere else norms are Ritz values, below the true ones but for rounding. A chain of such layers, whose
-    masks take as little away, is left to its norm without masks. The state travels in ``state_dict()``.
+    masks take as little away, is left to its norm without masks. Likewise a layer does without the box of its input
+    where the ball alone bounds next to all units, and without masks in the norms of its rows where they take next to
+    nothing: its intervals are then as wide as the ball, never too narrow. The state travels in ``state_dict()``.
 
     Args:
         model: the network, on its device; its operators' sizes are taken from it, and first vectors.
@@ -76,6 +83,8 @@ class TrainingNorms(nn.Module):
         iterations: of every layer but the last, then of every chain of maps that is composed; those of a shared norm,
             and of one without masks, are 15.
         shared: whether the layer has one norm for all samples, or the chain none but that without masks.
+        boxed: whether the layer takes the box of its input.
+        rows_masked: whether the norms of its rows, which make the ball, are of the columns that vary.
         functional: whether the last layers' functional is taken with masks too.
         unmasked: numbers of the layers and chains that have a norm without masks beside the one with them.
     """
@@ -86,6 +95,8 @@ class TrainingNorms(nn.Module):
         check_window(window)
         self.iterations: list[int] = []
         self.shared: list[bool] = []
+        self.boxed: list[bool] = []
+        self.rows_masked: list[bool] = []
         self.functional = True
         self.unmasked: set[int] = set()
         with torch.no_grad():
@@ -105,25 +116,31 @@ class TrainingNorms(nn.Module):
                     self.register_buffer(f"unmasked{index}", _laid_out(vectors.clone()))
                 self.iterations.append(LEAST_DENSE if dense else LEAST)
                 self.shared.append(False)
+                self.boxed.append(True)
+                self.rows_masked.append(True)
 
     def extra_repr(self) -> str:
         counts = zip(self.iterations, self.shared, strict=True)
         return ", ".join("shared" if shared else str(count) for count, shared in counts)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([[*self.iterations, 0], [*map(int, self.shared), int(self.functional)]])
+        each = zip(self.shared, self.boxed, self.rows_masked, strict=True)
+        flags = [shared + 2 * (not boxed) + 4 * (not masked) for shared, boxed, masked in each]
+        return torch.tensor([[*self.iterations, 0], [*flags, int(self.functional)]])
 
     def set_extra_state(self, state: Tensor) -> None:
         wanted = (2, len(self.iterations) + 1)
         if state.shape != wanted:
             raise ValueError(f"state: got iterations of shape {tuple(state.shape)}, want {wanted}")
-        [*iterations, _], [*shared, functional] = state.tolist()
-        self.iterations, self.shared, self.functional = iterations, [bool(flag) for flag in shared], bool(functional)
+        [*self.iterations, _], [*flags, functional] = state.tolist()
+        self.shared, self.functional = [bool(flag & 1) for flag in flags], bool(functional)
+        self.boxed, self.rows_masked = ([not flag & bit for flag in flags] for bit in (2, 4))
 
     def launches(self) -> Hashable:
         """What decides which kernels a step launches: a CUDA graph holds as long as this is the same."""
         counts = zip(self.iterations, self.shared, strict=True)
-        return *(0 if shared else count for count, shared in counts), self.functional
+        taken = (*self.boxed, *self.rows_masked, self.functional)
+        return *(0 if shared else count for count, shared in counts), *taken
 
     def norm(self, layer: int, linear: LinearMap, rows: Tensor, columns: Tensor | None, y: Tensor) -> Tensor:
         """(B,) norms of the operator of this number for one batch, differentiable in the weights."""
@@ -197,7 +214,7 @@ class TrainingNorms(nn.Module):
     @torch.no_grad()
     def control(self, bounds: LocalBounds, y: Tensor) -> None:
         """Choose the iterations of every layer anew, from how close they come on the first samples of ``bounds``, and
-        what is taken with masks at all.
+        what is taken with masks, and with boxes, at all.
 
         The cheapest are taken that hold 0.985 of the converged product (on average; 0.95 for the worst sample) and 0.99
         of every layer's norm, but never far fewer than before. It reads values back, and so waits for a GPU.
@@ -216,13 +233,18 @@ class TrainingNorms(nn.Module):
         records = (*bounds.layers, *bounds.composed)
         unmasked = {record.index: record for record in bounds.unmasked}
         found: dict[int, tuple[Callable[[int], Tensor], Tensor]] = {}
+        above = torch.ones(count, dtype=torch.float64, device=y.device)  # what shared norms add to the product
         for record in records:
             if isinstance(record.linear, (Identity, Scaling, Rearrangement)):  # exact, however many iterations
                 continue
             norm = self._on(record, chosen, y[:count])
             converged = norm(CONVERGED_ITERATIONS)
             found[record.index] = norm, converged
-            self.shared[record.index] = self._gives_way(record, converged, unmasked.get(record.index))
+            whole = self._whole_norm(record, unmasked.get(record.index))
+            least = LESS_SHARE if self.shared[record.index] else SHARE
+            self.shared[record.index] = whole is not None and float(converged.mean() / whole) >= least
+            if whole is not None and self.shared[record.index] and record.index < single:
+                above *= torch.where(converged > 0, whole / converged, 1).double()
         self._keep_what_longer_ones_need(bounds.composed)
         for record in records:
             index = record.index
@@ -238,11 +260,22 @@ class TrainingNorms(nn.Module):
                 if ratios[index][-1].mean() > 0.999:
                     break
             costs[index] = _cost(record.linear)
-        for index, choice in _cheapest(ratios, choices, costs, single).items():
+        for index, choice in _cheapest(ratios, choices, costs, single, above).items():
             self.iterations[index] = choice
+        self._choose_boxes(bounds, y[:count])
         if len(bounds.functionals) > 1 and bounds.logits.shape[1] > 1:
             gains = [bounds._gains(y, masked=masked).sum() for masked in (True, False)]
             self.functional = not gains[0] >= (SHARE if self.functional else LESS_SHARE) * gains[1]
+
+    def _choose_boxes(self, bounds: LocalBounds, y: Tensor) -> None:
+        mode = self.training
+        self.eval()
+        narrowed, shares = bounds.look(self, y)
+        self.train(mode)
+        for index, share in narrowed.items():
+            self.boxed[index] = share > (NARROWED if self.boxed[index] else MORE_NARROWED)
+        for index, share in shares.items():
+            self.rows_masked[index] = share < (SHARE if self.rows_masked[index] else LESS_SHARE)
 
     def _on(self, record: ChainBound, chosen: Tensor, y: Tensor) -> Callable[[int], Tensor]:
         """The masked norms of the first samples, by iterations."""
@@ -262,10 +295,10 @@ class TrainingNorms(nn.Module):
             if longer.parts[1:] == record.parts and not self.shared[longer.index]:
                 self.shared[record.index] = False
 
-    def _gives_way(self, record: ChainBound, converged: Tensor, whole: ChainBound | None) -> bool:
-        """Whether the masked norms of a layer, or of a chain of such layers, are next to what they are without masks.
+    def _whole_norm(self, record: ChainBound, whole: ChainBound | None) -> Tensor | None:
+        """(1,) the norm without masks that those of a layer may give way to, or those of a chain of layers that have.
 
-        converged: (samples,) of the masked ones.   whole: the chain without masks; None of a layer.
+        whole: the chain without masks; None of a layer.
         """
         index = record.index
         if len(record.parts) == 1:
@@ -273,10 +306,9 @@ class TrainingNorms(nn.Module):
         elif whole is not None and all(part < 0 or self.shared[part] for part in record.parts):
             linear, name = whole.linear, "unmasked"
         else:
-            return False
+            return None
         start = self._kept(index, linear.input_sizes, name)[:1]
-        norm = iterated_norm(linear, None, None, 1, start, CONVERGED_ITERATIONS)[0]
-        return float(converged.mean() / norm) >= (LESS_SHARE if self.shared[index] else SHARE)
+        return iterated_norm(linear, None, None, 1, start, CONVERGED_ITERATIONS)[0]
 
 
 def _begins_dense(linear: LinearMap) -> bool:
@@ -296,12 +328,16 @@ def _cost(linear: LinearMap) -> float:
 
 
 def _cheapest(
-    ratios: dict[int, list[Tensor]], choices: dict[int, list[int]], costs: dict[int, float], single: int
+    ratios: dict[int, list[Tensor]],
+    choices: dict[int, list[int]],
+    costs: dict[int, float],
+    single: int,
+    above: Tensor,
 ) -> dict[int, int]:
     """Iterations by layer that hold what is wanted, by steps of the most gain in the product for the cost.
 
     ratios: of each layer and choice, (samples,) norm by converged norm.   single: how many layers there are; chains
-    behind them are each held by itself, and are no part of the product.
+    behind them are each held by itself, and are no part of the product.   above: (samples,) the rest of the product.
     """
     taken = dict.fromkeys(ratios, 0)
 
@@ -315,7 +351,7 @@ def _cheapest(
         can_grow = [layer for layer, at in taken.items() if at + 1 < len(ratios[layer])]
         far = [layer for layer in can_grow if ratios[layer][taken[layer]].mean() < LAYER]
         if not far and own:
-            product = torch.stack(own).prod(0)
+            product = torch.stack(own).prod(0) * above
             if not (product.mean() >= PRODUCT and product.min() >= WORST):
                 far = [layer for layer in can_grow if layer < single]
         if not far:
