@@ -264,7 +264,7 @@ def test_the_cheapest_iterations_hold_what_can_be_held(seed: int, layers: int) -
         distance = 0.12 * torch.rand(5, generator=g, dtype=torch.float64)
         factor = 0.2 + 0.5 * torch.rand((), generator=g).item()
         ratios[layer] = [1 - distance * factor**count for count in choices[layer]]
-    taken = training_norms._cheapest(ratios, choices, costs, layers, torch.ones(5, dtype=torch.float64))
+    taken = training_norms._cheapest(ratios, choices, costs, layers)
     assert all(taken[layer] in choices[layer] for layer in range(layers))
 
     def holds(combination: dict[int, int]) -> bool:

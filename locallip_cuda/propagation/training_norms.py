@@ -43,7 +43,7 @@ DOWN_AT_ONCE = 2
 
 # What control holds on its samples: means over them of the product and of every layer, and the worst product.
 SAMPLES = 8
-PRODUCT, LAYER, WORST = 0.985, 0.98, 0.95
+PRODUCT, LAYER, WORST = 0.985, 0.99, 0.95
 
 # From this share of its global norm on, the masked norms of a layer give way to it, and so do the norms of its rows to
 # those without masks; below the second they come back.
@@ -233,18 +233,13 @@ class TrainingNorms(nn.Module):
         records = (*bounds.layers, *bounds.composed)
         unmasked = {record.index: record for record in bounds.unmasked}
         found: dict[int, tuple[Callable[[int], Tensor], Tensor]] = {}
-        above = torch.ones(count, dtype=torch.float64, device=y.device)  # what shared norms add to the product
         for record in records:
             if isinstance(record.linear, (Identity, Scaling, Rearrangement)):  # exact, however many iterations
                 continue
             norm = self._on(record, chosen, y[:count])
             converged = norm(CONVERGED_ITERATIONS)
             found[record.index] = norm, converged
-            whole = self._whole_norm(record, unmasked.get(record.index))
-            least = LESS_SHARE if self.shared[record.index] else SHARE
-            self.shared[record.index] = whole is not None and float(converged.mean() / whole) >= least
-            if whole is not None and self.shared[record.index] and record.index < single:
-                above *= torch.where(converged > 0, whole / converged, 1).double()
+            self.shared[record.index] = self._gives_way(record, converged, unmasked.get(record.index))
         self._keep_what_longer_ones_need(bounds.composed)
         for record in records:
             index = record.index
@@ -260,7 +255,7 @@ class TrainingNorms(nn.Module):
                 if ratios[index][-1].mean() > 0.999:
                     break
             costs[index] = _cost(record.linear)
-        for index, choice in _cheapest(ratios, choices, costs, single, above).items():
+        for index, choice in _cheapest(ratios, choices, costs, single).items():
             self.iterations[index] = choice
         self._choose_boxes(bounds, y[:count])
         if len(bounds.functionals) > 1 and bounds.logits.shape[1] > 1:
@@ -295,10 +290,10 @@ class TrainingNorms(nn.Module):
             if longer.parts[1:] == record.parts and not self.shared[longer.index]:
                 self.shared[record.index] = False
 
-    def _whole_norm(self, record: ChainBound, whole: ChainBound | None) -> Tensor | None:
-        """(1,) the norm without masks that those of a layer may give way to, or those of a chain of layers that have.
+    def _gives_way(self, record: ChainBound, converged: Tensor, whole: ChainBound | None) -> bool:
+        """Whether the masked norms of a layer, or of a chain of such layers, are next to what they are without masks.
 
-        whole: the chain without masks; None of a layer.
+        converged: (samples,) of the masked ones.   whole: the chain without masks; None of a layer.
         """
         index = record.index
         if len(record.parts) == 1:
@@ -306,9 +301,10 @@ class TrainingNorms(nn.Module):
         elif whole is not None and all(part < 0 or self.shared[part] for part in record.parts):
             linear, name = whole.linear, "unmasked"
         else:
-            return None
+            return False
         start = self._kept(index, linear.input_sizes, name)[:1]
-        return iterated_norm(linear, None, None, 1, start, CONVERGED_ITERATIONS)[0]
+        norm = iterated_norm(linear, None, None, 1, start, CONVERGED_ITERATIONS)[0]
+        return float(converged.mean() / norm) >= (LESS_SHARE if self.shared[index] else SHARE)
 
 
 def _begins_dense(linear: LinearMap) -> bool:
@@ -328,16 +324,12 @@ def _cost(linear: LinearMap) -> float:
 
 
 def _cheapest(
-    ratios: dict[int, list[Tensor]],
-    choices: dict[int, list[int]],
-    costs: dict[int, float],
-    single: int,
-    above: Tensor,
+    ratios: dict[int, list[Tensor]], choices: dict[int, list[int]], costs: dict[int, float], single: int
 ) -> dict[int, int]:
     """Iterations by layer that hold what is wanted, by steps of the most gain in the product for the cost.
 
     ratios: of each layer and choice, (samples,) norm by converged norm.   single: how many layers there are; chains
-    behind them are each held by itself, and are no part of the product.   above: (samples,) the rest of the product.
+    behind them are each held by itself, and are no part of the product.
     """
     taken = dict.fromkeys(ratios, 0)
 
@@ -351,7 +343,7 @@ def _cheapest(
         can_grow = [layer for layer, at in taken.items() if at + 1 < len(ratios[layer])]
         far = [layer for layer in can_grow if ratios[layer][taken[layer]].mean() < LAYER]
         if not far and own:
-            product = torch.stack(own).prod(0) * above
+            product = torch.stack(own).prod(0)
             if not (product.mean() >= PRODUCT and product.min() >= WORST):
                 far = [layer for layer in can_grow if layer < single]
         if not far:
