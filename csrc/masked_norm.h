@@ -50,7 +50,8 @@ constexpr double kReorthogonalise = 0.5;
   void start_basis(scalar_t* basis, const scalar_t* start, bool start_per_sample, const uint8_t* mask, int64_t batch,  \
                    int64_t length STREAM);                                                                             \
   /* basis[count] = unit(mask * vector - its part in basis[0..count)); `vector` is overwritten.                    */  \
-  /* Orthogonalised `twice`, or once where that leaves the vector long enough.                                     */  \
+  /* Orthogonalised `twice`, or once where that leaves the vector long enough; then, on the CPU, a long            */  \
+  /* one against the last of the basis alone.                                                                      */  \
   /* projected, if not null, gets its coefficients as column `count` of [sample][kWindow][kWindow].                */  \
   template <typename scalar_t>                                                                                         \
   void extend_basis(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int count, int64_t batch, int64_t length,  \
@@ -62,7 +63,7 @@ constexpr double kReorthogonalise = 0.5;
   template <typename scalar_t>                                                                                         \
   void decompose(double* projected, int count, int kept, int64_t batch, double* right, double* left,                   \
                  scalar_t* sigma STREAM);                                                                              \
-  /* out[i] = sum_j rotation[i][j] basis[j], i < kept, j < count; `out` may be `basis`. */                             \
+  /* out[i] = sum_j rotation[i][j] basis[j], i < kept, j < count; `out` may be `basis`. Of one vector, a unit one. */  \
   template <typename scalar_t>                                                                                         \
   void rotate_basis(const scalar_t* basis, const double* rotation, int count, int kept, int64_t batch, int64_t length, \
                     scalar_t* out STREAM);

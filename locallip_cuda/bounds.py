@@ -36,7 +36,7 @@ from .propagation.composition import (
     radii,
     unmasked_indices,
 )
-from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, affine, box_of
+from .propagation.estimate import GLOBAL_ITERATIONS, Estimate, Global, Look, affine, box_of
 from .propagation.estimate import Fact as EstimatedFact
 from .propagation.execution import Arithmetic, Computed, arithmetic_of, pairs_apart
 from .propagation.functional import Functional, Lengths, functional, lengths
@@ -47,7 +47,7 @@ from .propagation.proof import Proof, check_provable, gains, last_weight, proved
 from .propagation.proof import affine as proved_affine
 from .propagation.recursion import ChainBound, LayerBound
 from .propagation.trace import Trace
-from .propagation.training_norms import TrainingNorms
+from .propagation.training_norms import SAMPLES, TrainingNorms
 from .rounding import textbook_products, up
 
 _Bounds = TypeVar("_Bounds", bound="LocalBounds")
@@ -100,6 +100,8 @@ class LocalBounds:
         unmasked: one record a norm of maps without masks, where ``window`` is above 1: masks between maps can make the
             norm of a product larger.
         sparsity_terms, graph, functionals: what the losses, global_lipschitz and the margin are made of.
+        first: of bounds with TrainingNorms, which may look again, inputs (samples, *input) of the first samples, and
+            ``radius``.
     """
 
     logits: Tensor
@@ -113,6 +115,7 @@ class LocalBounds:
     sparsity_terms: Tensor
     graph: Graph
     functionals: list[Functional]
+    first: tuple[Tensor, str] | None
 
     @property
     def layer_norms(self) -> Tensor:
@@ -180,6 +183,25 @@ class LocalBounds:
             ratios.append((record.norm.detach().double() / converged).expand(batch))
         none = torch.ones(batch, 0, dtype=torch.float64, device=self.eps.device)
         return torch.stack(ratios, 1).nan_to_num(nan=1.0) if ratios else none
+
+    @torch.no_grad()
+    def look(self, norms: TrainingNorms, y: Tensor) -> tuple[dict[int, float], dict[int, float]]:
+        """What boxes, and masks in the norms of rows, are worth on the first samples.
+
+        By number of an operator: the share of the units that vary whose interval a box narrows; and norms of rows by
+        those with all columns, on average.
+
+        It reads values back, and so waits for a GPU. For :meth:`locallip_cuda.TrainingNorms.control`.
+
+        Args:
+            norms: in eval mode.   y: labels of the first samples.
+        """
+        if self.first is None:
+            return {}, {}
+        x, radius = self.first
+        look = Look(radius, norms, y)
+        look.run(self.graph, x, self.eps[: len(y)])
+        return look.narrowed, look.shares
 
     @cached_property
     def global_lipschitz(self) -> Tensor:
@@ -573,7 +595,8 @@ def local_bounds(
             _check_labels(y, len(x), classes)
         at_input = _widened(_radius_of_input(eps, x), off)
         estimate = Estimate(radius, iterations, norms, y, window=window)
-        estimated = _estimated(graph, estimate, estimate.run(graph, x, at_input), at_input)
+        first = None if norms is None else (x[:SAMPLES].detach().clone(), radius)
+        estimated = _estimated(graph, estimate, estimate.run(graph, x, at_input), at_input, first)
         return _agreed(model, trace, x, estimated, proof=False)
     with torch.no_grad(), textbook_products(x.device.type):
         graph = lowered(trace, torch.float64, proof=True)
@@ -644,7 +667,13 @@ def global_bounds(
         return _agreed(model, trace, x, bounds, proof=True)
 
 
-def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps: Tensor) -> LocalBounds:
+def _estimated(
+    graph: Graph,
+    done: Estimate,
+    facts: Sequence[EstimatedFact],
+    eps: Tensor,
+    first: tuple[Tensor, str] | None = None,
+) -> LocalBounds:
     head, last = graph.head, []
     far = [fact.radius for fact in facts]
     taken = done.norms if done.window > 1 else [layer.norm for layer in done.layers]
@@ -672,6 +701,7 @@ def _estimated(graph: Graph, done: Estimate, facts: Sequence[EstimatedFact], eps
         sparsity_terms=torch.stack(done.sparsity_terms or none),
         graph=graph,
         functionals=_functionals(graph, done, facts[0].columns, far[0]),
+        first=first,
     )
 
 
@@ -703,6 +733,7 @@ def _proved(
         sparsity_terms=torch.stack(done.sparsity_terms or [logits.new_zeros(2)]),
         graph=graph,
         functionals=_functionals(graph, done, facts[0].columns, far[0]),
+        first=None,
         execution=done.execution,
         logit_error=logit_error,
         execution_error=execution_error,

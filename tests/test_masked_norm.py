@@ -854,3 +854,18 @@ def test_masked_matrices_helper(device: str) -> None:
     assert out.tolist() == [[[0, 2], [0, 0]]]
     kernel = torch.ones(1, 1, 1, 2, device=device)
     assert matrix(kernel, (1, 1, 3)).tolist() == [[1, 1, 0], [0, 1, 1]]
+
+
+def test_vectors_are_unit_where_the_space_finds_the_top_one_twice(device: str) -> None:
+    """A long vector that begins near the top one, which has converged long before the last iteration."""
+    g = generator(5)
+    left, right = (torch.linalg.qr(torch.randn(n, 60, generator=g))[0] for n in (3000, 5000))
+    values = torch.cat([torch.tensor([1.0]), torch.linspace(0.6, 0.05, 59)])
+    weight = (left * values @ right.T).to(device)
+    start = right[:, 0].to(device)
+    norm, u, v = ll.masked_norm(weight, iterations=15, start=start, return_vectors=True)
+    true = torch.linalg.matrix_norm(weight.double(), 2)
+    assert abs(float(norm[0] / true) - 1) < 1e-5
+    for vector in (u, v):
+        assert abs(float(vector.norm()) - 1) < 1e-5
+    assert abs(float(u[0] @ start)) > 1 - 1e-5

@@ -315,6 +315,62 @@ def test_control_of_nothing() -> None:
     assert b.layer_norms.shape == (12, 0) and none.iterations == []
 
 
+def test_control_leaves_boxes_and_masks_of_rows_out_where_they_do_nothing() -> None:
+    g = generator(4)
+    model = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 3)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
+        model[0].bias.fill_(100.0)  # everything is on
+    x, y = torch.rand(12, 20, generator=g, dtype=torch.float64), labels(12)
+    norms = ll.TrainingNorms(model, x)
+    b = ll.local_bounds(model, x, 0.1, norms=norms, y=y)
+    before = copy.deepcopy(norms.state_dict())
+    norms.control(b, y)
+    assert norms.training and all(torch.equal(norms.get_buffer(n), before[n]) for n in ("right0", "right1"))
+    assert norms.boxed == [True, False] and norms.rows_masked == [True, False]
+    without = ll.local_bounds(model, x, 0.1, norms=norms.eval(), y=y)
+    assert (without.lower <= b.lower + 1e-9).all() and (without.upper >= b.upper - 1e-9).all()
+    assert all(torch.equal(one, other) for one, other in zip(without.row_masks, b.row_masks, strict=True))
+    with torch.no_grad():  # most of it off
+        model[0].bias[:50] = -100.0
+    norms.control(ll.local_bounds(model, x, 0.1, norms=norms, y=y), y)
+    assert norms.rows_masked == [True, True]
+
+
+def test_a_box_that_narrows_stays_and_comes_back() -> None:
+    model, x = hiding()  # of the first layer every class switches all units but its own sixty off, which are copies
+    norms, y = ll.TrainingNorms(model, x), labels(12)
+    b = ll.local_bounds(model, x, 0.1, norms=norms, y=y)
+    norms.control(b, y)
+    assert norms.boxed == [True, True]
+    norms.boxed[1] = False
+    without = ll.local_bounds(model, x, 0.1, norms=norms, y=y)
+    assert ((without.upper - without.lower).sum(1) > 1.1 * (b.upper - b.lower).sum(1)).all()
+    norms.control(without, y)
+    assert norms.boxed == [True, True]
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_bounds_without_boxes_hold(name: str) -> None:
+    """Whatever control chooses: wider intervals, more rows and columns, and every point of the ball inside."""
+    model, x = ZOO[name][0], zoo_input(name, 4, "cpu")
+    norms = ll.TrainingNorms(model, x)
+    y = labels(4, model(x).shape[1])
+    with_boxes = ll.local_bounds(model, x, 0.1, norms=norms.eval(), y=y)
+    norms.boxed, norms.rows_masked = ([False] * len(norms.boxed) for _ in range(2))
+    without = ll.local_bounds(model, x, 0.1, norms=norms, y=y)
+    for one, other in zip(with_boxes.row_masks, without.row_masks, strict=True):
+        assert (one <= other).all()
+    torch.testing.assert_close(without.logits, with_boxes.logits)
+    off = torch.randn(x.shape, generator=generator(1), dtype=x.dtype)
+    near = x + 0.1 * off / off.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+    moved = ll.local_bounds(model, near, 0.0, norms=norms, y=y).features
+    assert (moved >= without.lower - 1e-9).all() and (moved <= without.upper + 1e-9).all()
+    if without.layers:
+        without.lipschitz.sum().backward()
+
+
 # ---- state, errors, compile ----------------------------------------------------------------------------------------
 
 
@@ -323,12 +379,17 @@ def test_the_state_is_all_there_is() -> None:
     y = labels(12)
     one, other = (ll.TrainingNorms(model, x) for _ in range(2))
     one.iterations, one.shared = [3, 1], [True, False]
+    one.boxed, one.rows_masked = [False, True], [True, False]
     for _ in range(3):
         ll.local_bounds(model, x, 0.1, norms=one, y=y)
     state = {name: value.clone() for name, value in one.state_dict().items()}
     assert all(isinstance(value, Tensor) for value in state.values())
     other.load_state_dict(state)
-    assert (other.iterations, other.shared, other.launches()) == ([3, 1], [True, False], (0, 1, True))
+    assert (other.iterations, other.shared, other.launches()) == (
+        [3, 1],
+        [True, False],
+        (0, 1, False, True, True, False, True),
+    )
     for _ in range(2):
         bounds = [ll.local_bounds(model, x, 0.1, norms=norms, y=y) for norms in (one, other)]
         assert torch.equal(bounds[0].layer_norms, bounds[1].layer_norms)

@@ -1,4 +1,4 @@
-// One thread a sample: a sample's few basis vectors stay in its core's cache between the sweeps of one pass.
+// One thread a sample: a sample's vectors stay in its core's cache between the sweeps of one pass.
 #include "../masked_norm.h"
 
 #include <ATen/Parallel.h>
@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "../portable.h"
 #include "../small_svd.h"
@@ -14,14 +15,66 @@ namespace locallip::cpu {
 namespace {
 
 // Elements swept at once: the block of the vector stays in the first-level cache while every basis vector passes.
+// A vector that is longer, and is not restarted from, is orthogonalised against the last one of its basis alone, as on
+// a GPU's chip: the others have next to no part in it but for rounding, which can give a singular vector twice and the
+// value still once.
 constexpr int64_t kBlock = 2048;
 
-// Sums are kept in double: float squares overflow beyond 1e19, and the Ritz values want the digits.
+// Elements whose products may be summed in float: a lane of a vector adds few enough of them that the sum is right to a
+// few units of roundoff.
+constexpr int64_t kShort = 256;
+
 template <typename scalar_t>
-LOCALLIP_MULTIVERSION double dot(const scalar_t* x, const scalar_t* y, int64_t n) {
+LOCALLIP_INLINE double dot_in_double(const scalar_t* x, const scalar_t* y, int64_t n) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  return sum;
+}
+
+LOCALLIP_INLINE float dot_in_float(const float* x, const float* y, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+// Squares of floats between these neither overflow nor vanish, and none of their products with a unit vector does.
+constexpr float kLeastSquare = 1e-20f, kMostSquare = 1e30f;
+
+// Adds x.x to `square` and x.y to `product`; the Ritz values want the digits of a sum in double.
+template <typename scalar_t>
+LOCALLIP_MULTIVERSION void add_products(const scalar_t* x, const scalar_t* y, int64_t n, double* square,
+                                        double* product) {
+  for (int64_t at = 0; at < n; at += kShort) {
+    const int64_t m = n - at < kShort ? n - at : kShort;
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      const float own = dot_in_float(x + at, x + at, m);
+      if (own > kLeastSquare && own < kMostSquare) {
+        *square += static_cast<double>(own);
+        *product += static_cast<double>(dot_in_float(x + at, y + at, m));
+        continue;
+      }
+    }
+    *square += dot_in_double(x + at, x + at, m);
+    *product += dot_in_double(x + at, y + at, m);
+  }
+}
+
+template <typename scalar_t>
+LOCALLIP_MULTIVERSION double square_of(const scalar_t* x, int64_t n) {
+  double sum = 0;
+  for (int64_t at = 0; at < n; at += kShort) {
+    const int64_t m = n - at < kShort ? n - at : kShort;
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      const float own = dot_in_float(x + at, x + at, m);
+      if (own > kLeastSquare && own < kMostSquare) {
+        sum += static_cast<double>(own);
+        continue;
+      }
+    }
+    sum += dot_in_double(x + at, x + at, m);
+  }
   return sum;
 }
 
@@ -50,30 +103,27 @@ LOCALLIP_MULTIVERSION void randomise(scalar_t* x, const uint8_t* mask, uint32_t 
   if (mask) apply_mask(x, mask, n);
 }
 
+// x = mask * x - its part in the basis; coefficients (if not null) gain it. Returns |mask * x|^2, and stores |x|^2
+// after.
 template <typename scalar_t>
-LOCALLIP_MULTIVERSION double masked_square(const scalar_t* x, const uint8_t* mask, int64_t n) {
-  if (!mask) return dot(x, x, n);
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += mask[i] ? static_cast<double>(x[i]) * static_cast<double>(x[i]) : 0.0;
-  return sum;
-}
-
-// x -= its part in the basis; coefficients (if not null) gain it. Returns |x|^2 before, and stores |x|^2 after.
-template <typename scalar_t>
-double orthogonalise(scalar_t* x, const scalar_t* basis, int64_t slot_stride, int count, int64_t n,
+double orthogonalise(scalar_t* x, const uint8_t* mask, const scalar_t* basis, int64_t slot_stride, int count, int64_t n,
                      double* coefficients, double* after) {
   double before = 0, part[kWindow] = {};
   for (int64_t at = 0; at < n; at += kBlock) {
     const int64_t m = std::min(kBlock, n - at);
-    before += dot(x + at, x + at, m);
-    for (int j = 0; j < count; ++j) part[j] += dot(basis + j * slot_stride + at, x + at, m);
+    if (mask) apply_mask(x + at, mask + at, m);
+    double square = count ? 0 : square_of(x + at, m);
+    for (int j = 0; j < count; ++j) {
+      square = 0;
+      add_products(x + at, basis + j * slot_stride + at, m, &square, part + j);
+    }
+    before += square;
   }
   *after = count ? 0 : before;
   for (int64_t at = 0; count && at < n; at += kBlock) {
     const int64_t m = std::min(kBlock, n - at);
     for (int j = 0; j < count; ++j) subtract(x + at, basis + j * slot_stride + at, static_cast<scalar_t>(part[j]), m);
-    *after += dot(x + at, x + at, m);
+    *after += square_of(x + at, m);
   }
   if (coefficients)
     for (int j = 0; j < count; ++j) coefficients[j] += part[j];
@@ -89,18 +139,34 @@ void start_basis(scalar_t* basis, const scalar_t* start, bool start_per_sample, 
     for (int64_t b = begin; b < end; ++b) {
       scalar_t* x = basis + b * length;
       const uint8_t* own_mask = mask ? mask + b * length : nullptr;
-      randomise(x, own_mask, static_cast<uint32_t>(b * length), 0, length);
-      if (start) {
-        const scalar_t* given = start + (start_per_sample ? b * length : 0);
-        const double square = masked_square(given, own_mask, length);
-        if (square > 0) {
-          scale(x, x, kNoise * std::sqrt(square / dot(x, x, length)), length);
-          subtract(x, given, scalar_t(-1), length);
-          if (own_mask) apply_mask(x, own_mask, length);
+      const scalar_t* given = start ? start + (start_per_sample ? b * length : 0) : nullptr;
+      const auto drawn = [&](int64_t at, int64_t m) {
+        randomise(x + at, own_mask ? own_mask + at : nullptr, static_cast<uint32_t>(b * length + at), 0, m);
+      };
+      double of_drawn = 0, of_given = 0;
+      for (int64_t at = 0; at < length; at += kBlock) {
+        const int64_t m = std::min(kBlock, length - at);
+        if (given) {
+          std::copy_n(given + at, m, x + at);
+          if (own_mask) apply_mask(x + at, own_mask + at, m);
+          of_given += square_of(x + at, m);
+        }
+        drawn(at, m);
+        of_drawn += square_of(x + at, m);
+      }
+      double square = of_drawn;
+      if (of_given > 0) {
+        const auto noise = static_cast<scalar_t>(kNoise * std::sqrt(of_given / of_drawn));
+        square = 0;
+        for (int64_t at = 0; at < length; at += kBlock) {
+          const int64_t m = std::min(kBlock, length - at);
+          scale(x + at, x + at, noise, m);
+          subtract(x + at, given + at, scalar_t(-1), m);
+          if (own_mask) apply_mask(x + at, own_mask + at, m);
+          square += square_of(x + at, m);
         }
       }
-      const double norm = dot(x, x, length);
-      scale(x, x, norm > 0 ? 1 / std::sqrt(norm) : 0.0, length);
+      scale(x, x, square > 0 ? 1 / std::sqrt(square) : 0.0, length);
     }
   });
 }
@@ -116,18 +182,21 @@ void extend_basis(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int co
       const scalar_t* own = basis + b * length;
       const uint8_t* own_mask = mask ? mask + b * length : nullptr;
       double coefficients[kWindow] = {}, after = 0;
-      if (own_mask) apply_mask(x, own_mask, length);
-      const double before = orthogonalise(x, own, slot_stride, count, length, coefficients, &after);
-      if (twice || after < kReorthogonalise * before)
-        orthogonalise(x, own, slot_stride, count, length, coefficients, &after);
+      const int first = twice || length <= kBlock ? 0 : std::max(count - 1, 0);
+      const auto go = [&](const uint8_t* applied) {
+        return orthogonalise(x, applied, own + first * slot_stride, slot_stride, count - first, length,
+                             coefficients + first, &after);
+      };
+      const double before = go(own_mask);
+      if (twice || after < kReorthogonalise * before) go(nullptr);
       double norm = std::sqrt(after);
       if (norm <= noise * std::sqrt(before)) {
         norm = 0;
         after = 0;
         if (breakdown == Breakdown::kReplace) {
           randomise(x, own_mask, static_cast<uint32_t>(b * length), seed, length);
-          const double drawn = orthogonalise(x, own, slot_stride, count, length, nullptr, &after);
-          orthogonalise(x, own, slot_stride, count, length, nullptr, &after);
+          const double drawn = orthogonalise<scalar_t>(x, nullptr, own, slot_stride, count, length, nullptr, &after);
+          orthogonalise<scalar_t>(x, nullptr, own, slot_stride, count, length, nullptr, &after);
           if (after <= noise * noise * drawn) after = 0;  // nothing left outside the span
         }
       }
@@ -171,6 +240,10 @@ void rotate_basis(const scalar_t* basis, const double* rotation, int count, int 
                      m);
         }
         for (int i = 0; i < kept; ++i) std::copy_n(block[i], m, out + i * slot_stride + b * length + at);
+      }
+      if (kept == 1) {
+        const double square = square_of(out + b * length, length);
+        scale(out + b * length, out + b * length, square > 0 ? 1 / std::sqrt(square) : 0.0, length);
       }
     }
   });

@@ -140,8 +140,8 @@ def masked_norm(
     The value is the largest singular value of the masked operator on a Krylov space of A^T A with ``iterations + 1``
     dimensions (Golub-Kahan-Lanczos with full orthogonalisation, restarted past 16 dimensions), so it is never above the
     true norm but for rounding. It is an estimate for training, not a certificate: that is :func:`masked_norm_bound`.
-    Kernels that stay on a GPU's chip (at most 15 iterations) orthogonalise against the last vector alone: the same but
-    for rounding. On a GPU that is TF32's for float32 weights, about 1e-3, where
+    Kernels that stay on a GPU's chip, and a CPU's, orthogonalise long vectors of at most 15 iterations against the last
+    one alone: the same but for rounding. On a GPU that is TF32's for float32 weights, about 1e-3, where
     ``torch.backends.cuda.matmul.allow_tf32`` or ``torch.set_float32_matmul_precision`` asks for it.
 
     Args:

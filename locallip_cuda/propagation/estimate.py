@@ -92,6 +92,8 @@ class Estimate(Pass[Fact]):
         return Fact(values, half_width, joined_radius([fact.radius for fact in facts], _unchanged), columns, left)
 
     def closed(self, layer: Layer, facts: Sequence[Fact]) -> Fact:
+        if not all(self.boxed(term) for term in layer.terms):
+            facts = [_without_box(fact) for fact in facts]
         if len(facts) > 1 and any(fact.half_width is not None for fact in facts):
             facts = [_with_box(fact) for fact in facts]
         values, half_width = None, None
@@ -105,15 +107,7 @@ class Estimate(Pass[Fact]):
         assert values is not None
         activation = layer.activation
         squares, radius = self._ball(layer, facts)
-        pattern = ops.activation_pattern(
-            planar_values(values),
-            None if half_width is None else planar_values(half_width),
-            planar_values(squares),
-            radius,
-            activation.kind or "identity",
-            None if activation.first is None else planar_values(activation.first),
-            None if activation.second is None else planar_values(activation.second),
-        )
+        pattern = self.pattern(layer, values, half_width, squares, radius)
         values, half_width, rows, columns = (t.reshape(len(t), *layer.sizes) for t in pattern[:4])
         slack, varying = pattern[4:]
         if not activation.kind:
@@ -145,6 +139,29 @@ class Estimate(Pass[Fact]):
             half_width = radius.view(-1, *[1] * (clean.dim() - 1)).expand_as(clean)
             values = torch.cat([clean, clean])
         return Fact(values, half_width, radius, columns, varying[:, 1])
+
+    def boxed(self, term: Term) -> bool:
+        """Whether the box of its fact is carried through the term; a ball alone bounds the units without."""
+        return self.kept is None or term.index < 0 or self.kept.boxed[term.index]
+
+    def rows_masked(self, term: Term) -> bool:
+        """Whether the norms of its rows are of the columns that vary; else they are of all, for all samples alike."""
+        return self.kept is None or term.index < 0 or self.kept.rows_masked[term.index]
+
+    def pattern(
+        self, layer: Layer, values: Tensor, half_width: Tensor | None, squares: Tensor, radius: Tensor
+    ) -> tuple[Tensor, ...]:
+        """:func:`locallip_cuda.ops.activation_pattern` of the layer."""
+        activation = layer.activation
+        return ops.activation_pattern(
+            planar_values(values),
+            None if half_width is None else planar_values(half_width),
+            planar_values(squares),
+            radius,
+            activation.kind or "identity",
+            None if activation.first is None else planar_values(activation.first),
+            None if activation.second is None else planar_values(activation.second),
+        )
 
     def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:
         [term] = layer.terms
@@ -182,7 +199,7 @@ class Estimate(Pass[Fact]):
 
     def _ball(self, layer: Layer, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:
         """(squared row norms, radius) of the ball around the clean values: of several terms, that of the sum."""
-        squares = [self._squared_row_norms(t.linear, fact) for t, fact in zip(layer.terms, facts, strict=True)]
+        squares = [self.squared_row_norms(t, fact) for t, fact in zip(layer.terms, facts, strict=True)]
         if len(facts) == 1:
             return squares[0], facts[0].radius
         total: Tensor | None = None
@@ -192,19 +209,19 @@ class Estimate(Pass[Fact]):
         assert total is not None
         return total.square(), torch.ones_like(facts[0].radius)
 
-    def _squared_row_norms(self, linear: LinearMap, fact: Fact) -> Tensor:
+    def squared_row_norms(self, term: Term, fact: Fact) -> Tensor:
         """``||A_i * columns||^2`` of every row i: (B or 1, *output).
 
         Not ``local`` is the paper's: all columns, and for a convolution the whole kernel, at the padded border too.
         """
-        like, sizes = fact.values, linear.input_sizes
+        like, linear, sizes = fact.values, term.linear, term.linear.input_sizes
         if isinstance(linear, Identity):
             return like.new_ones(1, *sizes) if fact.columns is None else fact.columns.to(like.dtype)
         squared = linear.squared()
         if not self.local and isinstance(squared, Convolution):
             of_channel = squared.weight.flatten(1).sum(1).view(1, -1, *[1] * (len(sizes) - 1))
             return of_channel.expand(1, *linear.output_sizes)
-        if not self.local or fact.columns is None:
+        if not self.local or fact.columns is None or not self.rows_masked(term):
             return affine(squared, like.new_ones(1, *sizes), None)
         return affine(squared, fact.columns.to(like.dtype), None)
 
@@ -257,6 +274,45 @@ class Estimate(Pass[Fact]):
         columns = None if columns is None else columns[rest]
         masked = iterated_norm(linear, rows[rest], columns, len(rest), start, self.iterations)[0]
         return norm.index_copy(0, rest, masked)
+
+
+class Look(Estimate):
+    """A pass that takes every box, and the norms of rows of what varies, and sees what either of them is worth.
+
+    narrowed: by number of an operator, share of the units that the ball lets vary whose interval the box narrows.
+    shares: norms of rows by those with all columns, on average.
+    """
+
+    def __init__(self, radius: str, kept: TrainingNorms, y: Tensor) -> None:
+        super().__init__(radius, 0, kept, y)
+        self.narrowed: dict[int, float] = {}
+        self.shares: dict[int, float] = {}
+
+    def boxed(self, term: Term) -> bool:
+        return True
+
+    def rows_masked(self, term: Term) -> bool:
+        return True
+
+    def pattern(
+        self, layer: Layer, values: Tensor, half_width: Tensor | None, squares: Tensor, radius: Tensor
+    ) -> tuple[Tensor, ...]:
+        if half_width is not None:
+            clean, centre = values.chunk(2)
+            reach = radius.view(-1, *[1] * len(layer.sizes)) * _root(squares)
+            narrower = (centre - half_width > clean - reach) | (centre + half_width < clean + reach)
+            varying = super().pattern(layer, clean, None, squares, radius)[2].reshape(clean.shape)
+            share = float((narrower & varying).sum() / varying.sum().clamp_min(1))
+            self.narrowed.update((term.index, share) for term in layer.terms)
+        return super().pattern(layer, values, half_width, squares, radius)
+
+    def squared_row_norms(self, term: Term, fact: Fact) -> Tensor:
+        squares = super().squared_row_norms(term, fact)
+        if fact.columns is not None:
+            everything = Fact(fact.values, None, fact.radius, None, None)
+            whole = super().squared_row_norms(term, everything)
+            self.shares[term.index] = float((_root(squares) / _root(whole)).mean())
+        return squares
 
 
 class Global(Estimate):
@@ -313,6 +369,12 @@ def _with_box(fact: Fact) -> Fact:
         return fact
     wide = fact.radius.view(-1, *[1] * (fact.values.dim() - 1)).expand_as(fact.values)
     return Fact(torch.cat([fact.values, fact.values]), wide, fact.radius, fact.columns, fact.columns_left)
+
+
+def _without_box(fact: Fact) -> Fact:
+    if fact.half_width is None:
+        return fact
+    return Fact(fact.values[: len(fact.radius)], None, fact.radius, fact.columns, fact.columns_left)
 
 
 def planar_values(values: Tensor) -> Tensor:

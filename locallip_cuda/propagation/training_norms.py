@@ -45,8 +45,13 @@ DOWN_AT_ONCE = 2
 SAMPLES = 8
 PRODUCT, LAYER, WORST = 0.985, 0.99, 0.95
 
-# From this share of its global norm on, the masked norms of a layer give way to it; below the second they come back.
+# From this share of its global norm on, the masked norms of a layer give way to it, and so do the norms of its rows to
+# those without masks; below the second they come back.
 SHARE, LESS_SHARE = 0.98, 0.97
+
+# Up to this share of the units that vary whose interval it narrows, a layer's box is left out; above the second it
+# comes back.
+NARROWED, MORE_NARROWED = 0.01, 0.02
 
 
 class TrainingNorms(nn.Module):
@@ -65,7 +70,9 @@ class TrainingNorms(nn.Module):
     every class. In training mode every call moves them by the batch's; in eval mode they stay. Where its masks take
     away next to nothing of it (2 %), a layer has one norm for all samples, its global one, which is above the masked
     ones; everywhere else norms are Ritz values, below the true ones but for rounding. A chain of such layers, whose
-    masks take as little away, is left to its norm without masks. The state travels in ``state_dict()``.
+    masks take as little away, is left to its norm without masks. Likewise a layer does without the box of its input
+    where the ball alone bounds next to all units, and without masks in the norms of its rows where they take next to
+    nothing: its intervals are then as wide as the ball, never too narrow. The state travels in ``state_dict()``.
 
     Args:
         model: the network, on its device; its operators' sizes are taken from it, and first vectors.
@@ -76,6 +83,8 @@ class TrainingNorms(nn.Module):
         iterations: of every layer but the last, then of every chain of maps that is composed; those of a shared norm,
             and of one without masks, are 15.
         shared: whether the layer has one norm for all samples, or the chain none but that without masks.
+        boxed: whether the layer takes the box of its input.
+        rows_masked: whether the norms of its rows, which make the ball, are of the columns that vary.
         functional: whether the last layers' functional is taken with masks too.
         unmasked: numbers of the layers and chains that have a norm without masks beside the one with them.
     """
@@ -86,6 +95,8 @@ class TrainingNorms(nn.Module):
         check_window(window)
         self.iterations: list[int] = []
         self.shared: list[bool] = []
+        self.boxed: list[bool] = []
+        self.rows_masked: list[bool] = []
         self.functional = True
         self.unmasked: set[int] = set()
         with torch.no_grad():
@@ -105,25 +116,31 @@ class TrainingNorms(nn.Module):
                     self.register_buffer(f"unmasked{index}", _laid_out(vectors.clone()))
                 self.iterations.append(LEAST_DENSE if dense else LEAST)
                 self.shared.append(False)
+                self.boxed.append(True)
+                self.rows_masked.append(True)
 
     def extra_repr(self) -> str:
         counts = zip(self.iterations, self.shared, strict=True)
         return ", ".join("shared" if shared else str(count) for count, shared in counts)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([[*self.iterations, 0], [*map(int, self.shared), int(self.functional)]])
+        each = zip(self.shared, self.boxed, self.rows_masked, strict=True)
+        flags = [shared + 2 * (not boxed) + 4 * (not masked) for shared, boxed, masked in each]
+        return torch.tensor([[*self.iterations, 0], [*flags, int(self.functional)]])
 
     def set_extra_state(self, state: Tensor) -> None:
         wanted = (2, len(self.iterations) + 1)
         if state.shape != wanted:
             raise ValueError(f"state: got iterations of shape {tuple(state.shape)}, want {wanted}")
-        [*iterations, _], [*shared, functional] = state.tolist()
-        self.iterations, self.shared, self.functional = iterations, [bool(flag) for flag in shared], bool(functional)
+        [*self.iterations, _], [*flags, functional] = state.tolist()
+        self.shared, self.functional = [bool(flag & 1) for flag in flags], bool(functional)
+        self.boxed, self.rows_masked = ([not flag & bit for flag in flags] for bit in (2, 4))
 
     def launches(self) -> Hashable:
         """What decides which kernels a step launches: a CUDA graph holds as long as this is the same."""
         counts = zip(self.iterations, self.shared, strict=True)
-        return *(0 if shared else count for count, shared in counts), self.functional
+        taken = (*self.boxed, *self.rows_masked, self.functional)
+        return *(0 if shared else count for count, shared in counts), *taken
 
     def norm(self, layer: int, linear: LinearMap, rows: Tensor, columns: Tensor | None, y: Tensor) -> Tensor:
         """(B,) norms of the operator of this number for one batch, differentiable in the weights."""
@@ -197,7 +214,7 @@ class TrainingNorms(nn.Module):
     @torch.no_grad()
     def control(self, bounds: LocalBounds, y: Tensor) -> None:
         """Choose the iterations of every layer anew, from how close they come on the first samples of ``bounds``, and
-        what is taken with masks at all.
+        what is taken with masks, and with boxes, at all.
 
         The cheapest are taken that hold 0.985 of the converged product (on average; 0.95 for the worst sample) and 0.99
         of every layer's norm, but never far fewer than before. It reads values back, and so waits for a GPU.
@@ -240,9 +257,20 @@ class TrainingNorms(nn.Module):
             costs[index] = _cost(record.linear)
         for index, choice in _cheapest(ratios, choices, costs, single).items():
             self.iterations[index] = choice
+        self._choose_boxes(bounds, y[:count])
         if len(bounds.functionals) > 1 and bounds.logits.shape[1] > 1:
             gains = [bounds._gains(y, masked=masked).sum() for masked in (True, False)]
             self.functional = not gains[0] >= (SHARE if self.functional else LESS_SHARE) * gains[1]
+
+    def _choose_boxes(self, bounds: LocalBounds, y: Tensor) -> None:
+        mode = self.training
+        self.eval()
+        narrowed, shares = bounds.look(self, y)
+        self.train(mode)
+        for index, share in narrowed.items():
+            self.boxed[index] = share > (NARROWED if self.boxed[index] else MORE_NARROWED)
+        for index, share in shares.items():
+            self.rows_masked[index] = share < (SHARE if self.rows_masked[index] else LESS_SHARE)
 
     def _on(self, record: ChainBound, chosen: Tensor, y: Tensor) -> Callable[[int], Tensor]:
         """The masked norms of the first samples, by iterations."""
