@@ -566,7 +566,8 @@ def test_proved_norms_of_chains_are_above_the_true_ones(data: st.DataObject) -> 
             chain = mask[b].double()[:, None] * (weight @ chain)
         true = float(torch.linalg.matrix_norm(chain, 2))
         assert true - 1e-13 * float(product[b]) <= float(found[b]) <= float(product[b]) * (1 + 1e-9)
-        some = all(float(stage.norm[b]) >= 1e-6 * float(stage.absolute) for stage in stages)
+        # where less is left of a map, rounding, which counts all of it, is what is seen
+        some = all(float(stage.norm[b]) >= 1e-5 * float(stage.absolute) for stage in stages)
         if some and is_of_even_size(linear) and true > 1e-4 * float(product[b]):
             assert float(found[b]) <= true * (1 + 6e-3)
         if not any(mask[b].any() for mask in masks):

@@ -302,7 +302,8 @@ def test_the_paper_s_radius() -> None:
     x, _ = images(20).batch(torch.arange(20))
     bounds = local_bounds(model, x, EPS, iterations=50, radius="global")
     assert e.lipschitz_product == spread(bounds.lipschitz.double())
-    assert e.lipschitz_product.mean > explain(model, model, images(20), EPS).lipschitz_product.mean
+    tighter = explain(model, model, images(20), EPS).lipschitz_product.mean
+    assert e.lipschitz_product.mean >= tighter * (1 - 1e-6)
 
 
 def test_errors() -> None:

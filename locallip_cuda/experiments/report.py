@@ -161,7 +161,7 @@ def plot(path: Path, measurement: Measurement, title: str) -> bool:
         return False
     m = measurement
     radii, local, everywhere = ([row[i] for row in m.curve_estimate] for i in range(3))
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(radii, [100 * v for v in local], marker="o", label=f"{m.bound} bound (estimate)")
     if m.curve_composed:
@@ -182,7 +182,7 @@ def plot(path: Path, measurement: Measurement, title: str) -> bool:
     axes.axvline(m.eps, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="l2 radius", ylabel="accuracy (%)", title=title, ylim=(0, 100), xlim=(0, max(radii) or 1))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", fontsize="small")  # within, it would lie on the curves
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150)
     return True
