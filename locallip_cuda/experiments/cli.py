@@ -398,7 +398,8 @@ def _compare(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         return 128 + stop.number
     rows = comparison_report.collected([run for run in runs if run.name not in work.failed])
     if rows:
-        title = f"{arguments.preset}, {base.epochs} epochs, l2 radius {base.eps:.4g}, {len(arguments.seeds)} seeds"
+        seeds = ", ".join(map(str, arguments.seeds))
+        title = f"{arguments.preset}, {base.epochs} epochs, l2 radius {base.eps:.4g}, seeds: {seeds}"
         text = comparison_report.table(rows, title, arguments.guarantee)
         print(text)
         comparison_report.write(out, rows, text, {"command": ["locallip", *command]})

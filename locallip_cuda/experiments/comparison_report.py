@@ -118,14 +118,16 @@ def plot(path: Path, rows: Mapping[str, Mapping[str, Any]], title: str, eps: flo
     False, and no file, where matplotlib is not installed.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(12, 5), layout="constrained")
     over_radius, over_time = figure.subplots(1, 2)
+    colours = [colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1, 20, 2))]
     for i, (name, row) in enumerate(rows.items()):
-        seeds, style = list(row["seeds"].values()), {"color": f"C{i % 10}", "marker": "os^vDPX<>*h"[i % 11], "ms": 4}
+        seeds, style = list(row["seeds"].values()), {"color": colours[i % 20], "marker": "os^vDPX<>*h"[i % 11], "ms": 4}
         curves = [seed["curve_estimate"] for seed in seeds]
         certified = [100 * fmean(point[1] for point in points) for points in zip(*curves, strict=True)]
         over_radius.plot([radius for radius, _ in curves[0]], certified, label=name, **style)
