@@ -335,6 +335,9 @@ def test_save_asks_for_what_it_can_keep(run: Path, tmp_path: Path, capsys: pytes
     certify = ["certify", str(run), "--save", "--limit", "2", "--attack-steps", "1", "--out", str(tmp_path)]
     assert cli.main(certify) == 2
     assert "--save: got --guarantee probabilistic, want deterministic among them" in capsys.readouterr().err
+    composed = ["--guarantee", "deterministic", "--bound", "global", "--window", "3"]
+    assert cli.main([*certify, *composed]) == 2
+    assert "--save: got --bound global and --window 3, want --window 1" in capsys.readouterr().err
     assert cli.main([*certify, "--guarantee", "deterministic", "--window", "3", "--eps", "0.03"]) == 0
     assert "by products of norms; those by composed norms are not in it" in capsys.readouterr().out
 

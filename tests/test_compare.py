@@ -26,7 +26,7 @@ def test_commands_are_the_rows(preset: str, tmp_path: Path) -> None:
     assert len({run.folder for run in found}) == len(found) == 2 * len(comparison.ROWS)
     for run in found:
         parsed = cli._parser().parse_args(run.train)
-        assert cli._recipe(parsed, run.folder) == comparison.ROWS[run.row].recipe(base, run.seed)
+        assert cli._recipe(parsed, run.folder) == run.recipe == comparison.ROWS[run.row].recipe(base, run.seed)
         assert parsed.out == run.folder and cli._parser().parse_args(run.certify).checkpoint == run.folder
 
 
@@ -70,6 +70,14 @@ def test_compares_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     second = json.loads((out / "compare.json").read_text())["rows"]
     assert second["gloro"] == first["rows"]["gloro"] and set(second) == {"gloro", "composed"}
     assert (out / "compare.png").stat().st_size > 10_000
+
+    capsys.readouterr()
+    other = [*command, "--rows", "gloro", "--learning-rate", "0.001"]  # what is done is of another recipe
+    assert cli.main(other) == 1
+    assert "--learning-rate is 0.001, but the run in" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in done if path.suffix != ".log"} == {
+        path: time for path, time in done.items() if path.suffix != ".log"
+    }
 
 
 def test_a_run_that_fails_takes_no_other_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,14 @@ def _add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_data_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+
+
+def _add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+
+
 def _preset(arguments: argparse.Namespace) -> str:
     """The preset given, or the one whose numbers a network of the user's is trained by."""
     if bool(arguments.model) != bool(arguments.dataset) or bool(arguments.model) == bool(arguments.preset):
@@ -162,14 +170,14 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument(
         "--dataset", choices=OF_DATA, help="what to train it on, by the numbers of the preset for this data"
     )
-    trainer.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    _add_data_option(trainer)
     trainer.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for checkpoint and logs (default: runs/PRESET)"
     )
     existing = trainer.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in --out, with its recipe")
     existing.add_argument("--overwrite", action="store_true", help="start afresh although --out holds a run")
-    trainer.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    _add_device_option(trainer)
     trainer.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -193,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_option(certifier)
     certifier.add_argument("--dataset", choices=OF_DATA, help="what an ONNX file is measured on")
-    certifier.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    _add_data_option(certifier)
     certifier.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
     certifier.add_argument("--eps", type=_real, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)")
     certifier.add_argument("--limit", type=int, metavar="N", help="only the first N test samples (default: all)")
@@ -254,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the random vectors of attack and proofs, for repetition; a probabilistic guarantee is void with it "
         "(default: one drawn afresh and written down for the attack, the operating system's entropy for proofs)",
     )
-    certifier.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    _add_device_option(certifier)
     certifier.set_defaults(run=_certify)
 
     explainer = commands.add_parser(
@@ -266,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     explainer.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
     _add_model_option(explainer)
-    explainer.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    _add_data_option(explainer)
     explainer.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
     explainer.add_argument("--eps", type=_real, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)")
     explainer.add_argument(
@@ -280,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the recipe's)",
     )
     explainer.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
-    explainer.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    _add_device_option(explainer)
     explainer.set_defaults(run=_explain)
 
     auditor = commands.add_parser(
@@ -331,7 +339,7 @@ def _add_compare(commands: Any) -> None:
     comparer.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of each row (default: 0 1 2)"
     )
-    comparer.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
+    _add_data_option(comparer)
     comparer.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: runs/compare-PRESET)")
     comparer.add_argument(
         "--jobs",
@@ -339,7 +347,7 @@ def _add_compare(commands: Any) -> None:
         metavar="N",
         help="runs at a time (default: one a GPU, or one a processor, with a thread each)",
     )
-    comparer.add_argument("--device", type=_device, help="cpu or cuda (default: cuda where there is one)")
+    _add_device_option(comparer)
     comparer.add_argument("--precision", choices=PRECISIONS, default="fp32", help="as for train (default: fp32)")
     comparer.add_argument(
         "--guarantee",
@@ -382,7 +390,8 @@ def _compare(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         certifying=certifying,
     )
     if device.type == "cuda":
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        one = arguments.device is not None and arguments.device.index is not None
+        gpus = [str(device)] if one else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         at_a_time, threads = arguments.jobs or len(gpus), 0
         devices = [gpus[i % len(gpus)] for i in range(at_a_time)]
     else:
@@ -503,6 +512,10 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
     if arguments.save:
         if "deterministic" not in arguments.guarantee:
             raise ValueError(f"--save: got --guarantee {' '.join(arguments.guarantee)}, want deterministic among them")
+        if arguments.bound == "global" and window > 1:
+            raise ValueError(
+                f"--save: got --bound global and --window {window}, want --window 1: nothing composed is kept"
+            )
         sequential.steps(model, dataset.images.shape[1:])  # an error now, and not after hours
     set_precision("fp32", device)
     out: Path = arguments.out or path.parent

@@ -61,7 +61,7 @@ ROWS: dict[str, Row] = {
     "composed": Row("local bound, all maps composed", {"window": ALL_MAPS}),
 }
 
-# What a comparison changes of a preset where no option says otherwise: all rows in ten minutes on two cores.
+# What a comparison changes of a preset where no option says otherwise: all rows within minutes.
 SHORTENED: dict[str, dict[str, Any]] = {"digits": {"epochs": 20, "eps": 0.5, "eps_train": 0.55}}
 
 # What rows and seeds decide, so that no option does.
@@ -78,6 +78,7 @@ class Run:
 
     row: str
     seed: int
+    recipe: Recipe
     folder: Path
     train: tuple[str, ...]  # what follows `locallip`
     certify: tuple[str, ...]
@@ -91,11 +92,12 @@ class Run:
         return self.folder / CHECKPOINT_NAME
 
     def trained(self) -> dict[str, Any] | None:
-        """The checkpoint's configuration where the training is done, None where it is not."""
+        """The checkpoint's configuration where this training is done, and no other's; None where it is not."""
         if not self.checkpoint.is_file():
             return None
         _, config = checkpoint.load(self.checkpoint)
-        return config if config["position"]["epoch"] == config["recipe"]["epochs"] else None
+        done = config["position"]["epoch"] == self.recipe.epochs
+        return config if done and config["recipe"] == self.recipe.to_dict() else None
 
     def certified(self) -> dict[str, Any] | None:
         """What certify.json holds where it is of this command and of this checkpoint, None where it is not."""
@@ -126,14 +128,12 @@ def runs(
     for seed in seeds:
         for row in rows:
             folder = out / row / f"seed-{seed}"
-            wanted = ROWS[row].recipe(base, seed).to_dict()
-            decided = [
-                name for name in wanted if name in given or wanted[name] != getattr(base, name) or name == "seed"
-            ]
-            options = [part for name in decided for part in _option(name, wanted[name])]
+            wanted, said = ROWS[row].recipe(base, seed), {*given, "seed"}
+            decided = {k: v for k, v in wanted.to_dict().items() if k in said or v != getattr(base, k)}
+            options = [part for name, value in decided.items() for part in _option(name, value)]
             train = ("train", base.preset, *options, *training, "--out", str(folder))
             bound = ("--bound", "global") if ROWS[row].globally else ()
-            found.append(Run(row, seed, folder, train, ("certify", str(folder), *bound, *certifying)))
+            found.append(Run(row, seed, wanted, folder, train, ("certify", str(folder), *bound, *certifying)))
     return found
 
 

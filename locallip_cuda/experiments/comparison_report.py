@@ -11,6 +11,7 @@ from typing import Any
 
 from .checkpoint import write_atomically
 from .comparison import ROWS, Run, best
+from .report import aligned
 
 COLUMNS = (
     "trained with",
@@ -68,12 +69,7 @@ def _curve(result: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 def table(rows: Mapping[str, Mapping[str, Any]], title: str, guarantee: str) -> str:
     """Means over the seeds, as aligned plain text, and what the columns are."""
-    lines = [COLUMNS, *(_line(name, row) for name, row in rows.items())]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    text = [
-        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
+    text = aligned([COLUMNS, *(_line(name, row) for name, row in rows.items())])
     rule = "-" * len(text[0])
     about = [f"{name}: {row['about']}" for name, row in rows.items()]
     notes = [

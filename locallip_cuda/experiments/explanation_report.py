@@ -11,7 +11,7 @@ from typing import Any
 
 from .checkpoint import write_atomically
 from .explanation import Explanation, Layer, Spread, Thresholds
-from .report import windowed
+from .report import aligned, windowed
 
 CAVEAT = (
     "estimate: no proof. Norms come from an iteration that approaches the true ones from below, and its arithmetic is "
@@ -53,7 +53,7 @@ def table(explanation: Explanation, title: str) -> str:
             *((name, f"{own.samples}", f"{own.certified}") for name, own in e.decided.items()),
         ],
     ]
-    shown = [_aligned(block) for block in blocks if len(block) > 1]
+    shown = [aligned(block) for block in blocks if len(block) > 1]
     rule = "-" * max(len(line) for block in shown for line in block)
     lines = [title, rule]
     for block in shown:
@@ -68,16 +68,6 @@ def _name(of: Layer | Thresholds) -> str:
 
 def _shown(spread: Spread) -> tuple[str, str]:
     return f"{spread.mean:.4g}", f"{spread.low:.4g} to {spread.high:.4g}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]
-        ).rstrip()
-        for first, *rest in rows
-    ]
 
 
 def write_json(path: Path, explanation: Explanation, context: dict[str, Any]) -> None:

@@ -132,6 +132,10 @@ class Recipe:
         done = (epoch - self.constant_epochs) / (self.epochs - self.constant_epochs)
         return float(self.learning_rate * (self.final_learning_rate / self.learning_rate) ** min(done, 1.0))
 
+    def bound_at(self, epoch: float) -> Literal["local", "global"]:
+        """Which bound the certified loss takes at ``epoch``."""
+        return "global" if epoch < self.global_epochs else "local"
+
     @property
     def network(self) -> str:
         """What titles call it."""

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import textwrap
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def caveats(measurement: Measurement) -> list[str]:
     return lines
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines with columns of one width, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]
+        ).rstrip()
+        for first, *rest in rows
+    ]
+
+
 def table(measurement: Measurement, title: str) -> str:
     """The measurement as aligned plain text, with what its guarantees are worth."""
     m, seconds = measurement, measurement.seconds
@@ -84,10 +96,7 @@ def table(measurement: Measurement, title: str) -> str:
         ("Lipschitz (estimate), global bound", f"{m.global_lipschitz_estimate:.4g}", "", "", ""),
         ("certified samples the attack broke", f"{broken}", "", "", ""),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{row[i]:>{widths[i]}}" for i in range(1, 5))]).rstrip() for row in rows
-    ]
+    lines = aligned(rows)
     rule = "-" * max(map(len, lines))
     notes = [textwrap.fill(text, max(len(rule), 72), subsequent_indent="  ") for text in caveats(m)]
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *notes])

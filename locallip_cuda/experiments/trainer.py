@@ -381,13 +381,11 @@ class Trainer:
         self.totals += update(x, y, recipe.radius_at(now), recipe.kappa(now), recipe.learning_rate_at(now))
 
     def _choose_bound(self, now: float) -> None:
-        self.objective.bound = "global" if now < self.recipe.global_epochs else "local"
+        self.objective.bound = self.recipe.bound_at(now)
 
     def _bound_at(self, now: float) -> str | None:
         """What a step computes, None in the warm-up."""
-        if self.recipe.kappa(now) == 1:
-            return None
-        return "global" if now < self.recipe.global_epochs else "local"
+        return None if self.recipe.kappa(now) == 1 else self.recipe.bound_at(now)
 
     def _control_norms(self, x: Tensor, y: Tensor, eps: float) -> None:
         """Choose the norms' iterations anew, by a look at the first samples of the first process."""
