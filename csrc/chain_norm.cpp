@@ -88,6 +88,12 @@ struct Chain {
     out = value;
   }
 
+  Chain in_bfloat16() const {
+    Chain narrowed = *this;
+    for (Operator& op : narrowed.stages) op = op.in_bfloat16();
+    return narrowed;
+  }
+
   int64_t samples_at_once(int64_t length) const {
     int64_t least = std::numeric_limits<int64_t>::max();
     bool dense = false;
@@ -105,14 +111,14 @@ std::tuple<Tensor, Tensor, Tensor> chain_norm(at::TensorList weights, at::Tensor
                                               const OptionalTensor& row_mask, const OptionalTensor& col_mask,
                                               const OptionalTensor& start, IntArrayRef input_shape, IntArrayRef stride,
                                               IntArrayRef padding, IntArrayRef dilation, IntArrayRef groups,
-                                              int64_t iterations) {
+                                              int64_t iterations, bool bfloat16) {
   TORCH_CHECK(!weights.empty(), "weights: got none, want two or more");
   const c10::OptionalDeviceGuard on_device(at::device_of(weights[0]));
   const Tf32OnRequest precision;
   const Chain chain(weights, masks, input_shape, stride, padding, dilation, groups);
   NormProblem in(chain.weight(), row_mask, col_mask, start, input_shape, chain.inputs.back(), iterations);
   if (in.batch == 0) return {in.sigma, in.right, in.left};
-  stream_norm(in, chain);
+  stream_norm(in, chain, bfloat16);
   // a NaN or infinite weight in a masked row or column would otherwise stay unseen
   for (const Operator& op : chain.stages) in.sigma.add_(op.weight.mul(0).sum());
   return {in.sigma, in.right, in.left};

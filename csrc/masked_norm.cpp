@@ -17,12 +17,13 @@ namespace {
 
 // A weight by itself, whose products are the same for every sample.
 struct OneOperator {
-  const Operator& op;
+  Operator op;
 
   const Tensor& weight() const { return op.weight; }
   void apply_into(Tensor& out, const Tensor& x, int64_t) const { op.apply_into(out, x); }
   void adjoint_into(Tensor& out, const Tensor& y, const Tensor& like, int64_t) const { op.adjoint_into(out, y, like); }
   int64_t samples_at_once(int64_t length) const { return op.samples_at_once(length); }
+  OneOperator in_bfloat16() const { return {op.in_bfloat16()}; }
 };
 
 #if defined(LOCALLIP_CUDA) || defined(LOCALLIP_EMULATED_CUDA)
@@ -106,7 +107,8 @@ bool resident_masked_norm(NormProblem&, const Operator&) { return false; }
 std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const OptionalTensor& row_mask,
                                                const OptionalTensor& col_mask, const OptionalTensor& start,
                                                IntArrayRef input_shape, IntArrayRef stride, IntArrayRef padding,
-                                               IntArrayRef dilation, int64_t groups, int64_t iterations) {
+                                               IntArrayRef dilation, int64_t groups, int64_t iterations,
+                                               bool bfloat16) {
   const c10::OptionalDeviceGuard on_device(at::device_of(weight));
   const Tf32OnRequest precision;
   check_geometry(stride, padding, dilation);
@@ -116,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const Optio
   const Operator op{laid_out(weight.detach()), stride.vec(), padding.vec(), dilation.vec(), groups};
   NormProblem in(weight, row_mask, col_mask, start, input_shape, op.output_sizes(input_shape), iterations);
   if (in.batch == 0) return {in.sigma, in.right, in.left};
-  if (!resident_masked_norm(in, op)) stream_norm(in, OneOperator{op});
+  if (!resident_masked_norm(in, op)) stream_norm(in, OneOperator{op}, bfloat16);
   // a NaN or infinite weight in a masked row or column would otherwise stay unseen
   in.sigma.add_(op.weight.mul(0).sum());
   return {in.sigma, in.right, in.left};

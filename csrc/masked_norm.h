@@ -8,6 +8,8 @@
 // A basis is an array [slot][sample][length]. A `mask` is null (all True) or [sample][length], one byte a unit.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 #include "portable.h"
@@ -49,7 +51,7 @@ constexpr double kReorthogonalise = 0.5;
   template <typename scalar_t>                                                                                         \
   void start_basis(scalar_t* basis, const scalar_t* start, bool start_per_sample, const uint8_t* mask, int64_t batch,  \
                    int64_t length STREAM);                                                                             \
-  /* basis[count] = unit(mask * vector - its part in basis[0..count)); `vector` is overwritten.                    */  \
+  /* basis[count] = unit(mask * vector - its part in basis[0..count)); `vector` may be overwritten.                */  \
   /* Orthogonalised `twice`, or once where that leaves the vector long enough; then, on the CPU, a long            */  \
   /* one against the last of the basis alone.                                                                      */  \
   /* projected, if not null, gets its coefficients as column `count` of [sample][kWindow][kWindow].                */  \
@@ -70,7 +72,12 @@ constexpr double kReorthogonalise = 0.5;
 
 namespace cpu {
 LOCALLIP_DECLARE_MASKED_NORM()
-}
+
+// extend_basis of a vector in bfloat16, with a copy of the new one of the basis in it.
+void extend_basis_in_bfloat16(float* basis, const c10::BFloat16* vector, const uint8_t* mask, int count, int64_t batch,
+                              int64_t length, Breakdown breakdown, bool twice, uint32_t seed, double* projected,
+                              c10::BFloat16* copy);
+}  // namespace cpu
 
 // ---- on a GPU ----------------------------------------------------------------------------------------------------------
 

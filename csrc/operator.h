@@ -33,6 +33,16 @@ inline bool tf32_is_wanted() {
   }
 }
 
+// Whether products in bfloat16 are any faster: without instructions for it they are slower.
+inline bool bfloat16_is_fast(const Tensor& weight) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(LOCALLIP_EMULATED_CUDA)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && weight.is_cpu() && weight.scalar_type() == at::kFloat;
+#else
+  return false;
+#endif
+}
+
 // The guard is heard by cuBLAS alone; cuDNN is told in every call (Operator).
 struct Tf32OnRequest : NoAutocast {
   std::optional<at::NoTF32Guard> no_tf32;
@@ -126,6 +136,8 @@ struct Operator {
     if (!weight.is_cpu() || weight.dim() == 2) return std::numeric_limits<int64_t>::max();
     return at::get_num_threads() * std::max<int64_t>(1, (int64_t{1} << 18) / length);
   }
+
+  Operator in_bfloat16() const { return {weight.to(at::kBFloat16), stride, padding, dilation, groups}; }
 
   std::vector<int64_t> output_sizes(IntArrayRef input) const {
     if (weight.dim() == 2) return {input[0], weight.size(0)};

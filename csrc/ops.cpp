@@ -21,13 +21,13 @@ TORCH_LIBRARY(locallip_cuda, m) {
   define("affine_backward(Tensor grad, Tensor x, Tensor weight, " + conv +
          ", bool bfloat16, bool of_input, bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)");
   define("masked_norm(Tensor weight, Tensor? row_mask, Tensor? col_mask, Tensor? start, SymInt[] input_shape, " + conv +
-         ", int iterations) -> (Tensor sigma, Tensor right, Tensor left)");
+         ", int iterations, bool bfloat16) -> (Tensor sigma, Tensor right, Tensor left)");
   define("masked_norm_backward(Tensor grad, Tensor weight, Tensor right, Tensor left, " + conv + ") -> Tensor");
   const std::string convs = "int[] stride, int[] padding, int[] dilation, int[] groups";
   define(
       "chain_norm(Tensor[] weights, Tensor[] masks, Tensor? row_mask, Tensor? col_mask, Tensor? start, "
       "SymInt[] input_shape, " +
-      convs + ", int iterations) -> (Tensor sigma, Tensor right, Tensor left)");
+      convs + ", int iterations, bool bfloat16) -> (Tensor sigma, Tensor right, Tensor left)");
   define("chain_norm_backward(Tensor grad, Tensor[] weights, Tensor[] masks, Tensor right, Tensor left, " + convs +
          ") -> Tensor[]");
   define("activation_pattern(" + bounds +

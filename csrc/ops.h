@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_backward(const Tensor& grad_in, const 
 std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const OptionalTensor& row_mask,
                                                const OptionalTensor& col_mask, const OptionalTensor& start,
                                                IntArrayRef input_shape, IntArrayRef stride, IntArrayRef padding,
-                                               IntArrayRef dilation, int64_t groups, int64_t iterations);
+                                               IntArrayRef dilation, int64_t groups, int64_t iterations, bool bfloat16);
 
 Tensor masked_norm_backward(const Tensor& grad, const Tensor& weight, const Tensor& right, const Tensor& left,
                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups);
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> chain_norm(at::TensorList weights, at::Tensor
                                               const OptionalTensor& row_mask, const OptionalTensor& col_mask,
                                               const OptionalTensor& start, IntArrayRef input_shape, IntArrayRef stride,
                                               IntArrayRef padding, IntArrayRef dilation, IntArrayRef groups,
-                                              int64_t iterations);
+                                              int64_t iterations, bool bfloat16);
 
 std::vector<Tensor> chain_norm_backward(const Tensor& grad, at::TensorList weights, at::TensorList masks,
                                         const Tensor& right, const Tensor& left, IntArrayRef stride,

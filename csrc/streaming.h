@@ -5,6 +5,8 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
+#include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "masked_norm.h"
@@ -13,18 +15,43 @@
 namespace locallip {
 
 // Orthonormal vectors of a group of samples: [slot][sample][...], each slot laid out as the operator wants it. A
-// smaller group uses the same memory with its slots closer together, as the kernels address them.
+// smaller group uses the same memory with its slots closer together, as the kernels address them. Products take the
+// newest vector, or a copy of it in bfloat16.
 struct Basis {
-  Tensor slots;
+  Tensor slots, copy;
   std::vector<int64_t> sizes;
 
-  Basis(int64_t count, std::vector<int64_t> group, at::TensorOptions options) : sizes(std::move(group)) {
+  Basis(int64_t count, std::vector<int64_t> group, at::TensorOptions options, bool narrow) : sizes(std::move(group)) {
     slots = at::empty({count * c10::multiply_integers(sizes)}, options);
+    if (narrow) copy = at::empty({c10::multiply_integers(sizes)}, options.dtype(at::kBFloat16));
   }
 
-  Tensor at_slot(int64_t slot, int64_t samples) const {
+  Tensor at_slot(int64_t slot, int64_t samples) const { return viewed(slots, slot, samples); }
+
+  Tensor newest(int64_t slot, int64_t samples) const {
+    return copy.defined() ? viewed(copy, 0, samples) : at_slot(slot, samples);
+  }
+
+  // The kernel of that name on `vector`, which a product gave.
+  template <typename scalar_t>
+  void extend(const Tensor& vector, const uint8_t* mask, int count, int64_t samples, Breakdown breakdown, bool twice,
+              uint32_t seed, double* projected) const {
+    auto* basis = slots.mutable_data_ptr<scalar_t>();
+    const int64_t length = vector.numel() / samples;
+#ifndef LOCALLIP_EMULATED_CUDA
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (vector.scalar_type() == at::kBFloat16)
+        return cpu::extend_basis_in_bfloat16(basis, vector.const_data_ptr<at::BFloat16>(), mask, count, samples, length,
+                                             breakdown, twice, seed, projected, copy.mutable_data_ptr<at::BFloat16>());
+#endif
+    LOCALLIP_RUN(slots, extend_basis, basis, vector.mutable_data_ptr<scalar_t>(), mask, count, samples, length,
+                 breakdown, twice, seed, projected);
+  }
+
+ private:
+  Tensor viewed(const Tensor& memory, int64_t slot, int64_t samples) const {
     const int64_t length = c10::multiply_integers(sizes) / sizes[0];
-    const Tensor t = slots.narrow(0, slot * samples * length, samples * length);
+    const Tensor t = memory.narrow(0, slot * samples * length, samples * length);
     return sizes.size() == 4 ? t.view({samples, sizes[2], sizes[3], sizes[1]}).permute({0, 3, 1, 2})
                              : t.view({samples, sizes[1]});
   }
@@ -69,16 +96,20 @@ struct NormProblem {
 };
 
 // `map` has apply_into(out, x, first) and adjoint_into(out, y, like, first) of samples from number `first` on,
-// samples_at_once(length), and any of its weights. A few samples are taken at a time on the CPU, so that their bases
-// stay in cache from one pass to the next. Buffers are reused.
+// samples_at_once(length), any of its weights, and itself in_bfloat16(). Where `bfloat16` is wanted that one finds the
+// right vectors, and one product of theirs in full has their values, of which none is above the norm. A few samples are
+// taken at a time on the CPU, so that their bases stay in cache from one pass to the next. Buffers are reused.
 template <typename Map>
-void stream_norm(NormProblem& in, const Map& map) {
+void stream_norm(NormProblem& in, const Map& map, bool bfloat16) {
   const int64_t rows = in.rows, columns = in.columns, iterations = in.iterations;
   const int64_t at_once = std::min(in.batch, map.samples_at_once(std::max(rows, columns)));
   const int64_t window = std::min<int64_t>(iterations + 1, kWindow);
   const bool restarts = iterations + 1 > kWindow;
-  const Basis right_basis(window + restarts, with_batch(at_once, in.input_shape), in.options());
-  const Basis left_basis(window, with_batch(at_once, in.output_shape), in.options());
+  std::optional<Map> narrow;
+  if (bfloat16 && bfloat16_is_fast(map.weight())) narrow = map.in_bfloat16();
+  const Map& iterated = narrow ? *narrow : map;
+  const Basis right(window + restarts, with_batch(at_once, in.input_shape), in.options(), narrow.has_value());
+  const Basis left(window, with_batch(at_once, in.output_shape), in.options(), narrow.has_value());
   const auto doubles = in.options().dtype(at::kDouble);
   const Tensor projected = at::empty({at_once, kWindow, kWindow}, doubles);
   const Tensor right_rotation = at::empty({at_once, kKept, kWindow}, doubles),
@@ -88,8 +119,8 @@ void stream_norm(NormProblem& in, const Map& map) {
     const int64_t samples = std::min(at_once, in.batch - first);
     projected.zero_();
     AT_DISPATCH_FLOATING_TYPES(map.weight().scalar_type(), "masked_norm", [&] {
-      auto* q = right_basis.slots.mutable_data_ptr<scalar_t>();
-      auto* p = left_basis.slots.mutable_data_ptr<scalar_t>();
+      auto* q = right.slots.mutable_data_ptr<scalar_t>();
+      auto* p = left.slots.mutable_data_ptr<scalar_t>();
       auto* small = projected.mutable_data_ptr<double>();
       auto* right_turn = right_rotation.mutable_data_ptr<double>();
       auto* left_turn = left_rotation.mutable_data_ptr<double>();
@@ -98,29 +129,35 @@ void stream_norm(NormProblem& in, const Map& map) {
       const uint8_t* col_bytes = in.col_mask ? bytes(in.col_mask) + first * columns : nullptr;
       const scalar_t* from = in.start ? pointer<scalar_t>(in.start) + (in.own_start() ? first * columns : 0) : nullptr;
       LOCALLIP_RUN(map.weight(), start_basis, q, from, in.own_start(), col_bytes, samples, columns);
-      Tensor image = at::empty({0}, in.options()), back = at::empty({0}, in.options());
+      if (narrow) right.newest(0, samples).copy_(right.at_slot(0, samples));
+      Tensor image = at::empty({0}, iterated.weight().options()), back = at::empty_like(image);
       int count = 0;
       for (int64_t step = 0;; ++step) {
-        map.apply_into(image, right_basis.at_slot(count, samples), first);
-        LOCALLIP_RUN(map.weight(), extend_basis, p, image.mutable_data_ptr<scalar_t>(), row_bytes, count, samples, rows,
-                     Breakdown::kDrop, restarts, 0u, small);
+        iterated.apply_into(image, right.newest(count, samples), first);
+        left.extend<scalar_t>(image, row_bytes, count, samples, Breakdown::kDrop, restarts, 0, small);
         ++count;
         if (step == iterations) break;
-        map.adjoint_into(back, left_basis.at_slot(count - 1, samples), right_basis.at_slot(0, samples), first);
-        LOCALLIP_RUN(map.weight(), extend_basis, q, back.mutable_data_ptr<scalar_t>(), col_bytes, count, samples,
-                     columns, Breakdown::kReplace, restarts, static_cast<uint32_t>(step + 1),
-                     static_cast<double*>(nullptr));
+        iterated.adjoint_into(back, left.newest(count - 1, samples), right.newest(0, samples), first);
+        right.extend<scalar_t>(back, col_bytes, count, samples, Breakdown::kReplace, restarts,
+                               static_cast<uint32_t>(step + 1), nullptr);
         if (count < kWindow) continue;
         // thick restart: the leading Ritz vectors stay, and the direction just found follows them
         LOCALLIP_RUN(map.weight(), decompose, small, count, kKept, samples, right_turn, left_turn, value);
         LOCALLIP_RUN(map.weight(), rotate_basis, q, right_turn, count, kKept, samples, columns, q);
         LOCALLIP_RUN(map.weight(), rotate_basis, p, left_turn, count, kKept, samples, rows, p);
-        right_basis.at_slot(kKept, samples).copy_(right_basis.at_slot(count, samples));
+        right.at_slot(kKept, samples).copy_(right.at_slot(count, samples));
         count = kKept;
       }
       LOCALLIP_RUN(map.weight(), decompose, small, count, 1, samples, right_turn, left_turn, value);
       LOCALLIP_RUN(map.weight(), rotate_basis, q, right_turn, count, 1, samples, columns,
                    in.right.mutable_data_ptr<scalar_t>() + first * columns);
+      if (narrow) {
+        map.apply_into(image = at::empty({0}, in.options()), in.right.narrow(0, first, samples), first);
+        projected.zero_();
+        count = 0;
+        left.extend<scalar_t>(image, row_bytes, count++, samples, Breakdown::kDrop, false, 0, small);
+        LOCALLIP_RUN(map.weight(), decompose, small, count, 1, samples, right_turn, left_turn, value);
+      }
       LOCALLIP_RUN(map.weight(), rotate_basis, p, left_turn, count, 1, samples, rows,
                    in.left.mutable_data_ptr<scalar_t>() + first * rows);
     });

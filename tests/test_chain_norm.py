@@ -122,7 +122,7 @@ def test_gradients_are_analytic(kinds: str, device: str) -> None:
 def test_opcheck(kinds: str, device: str) -> None:
     given = problem(11, kinds, 0.8, torch.float64, device)
     given["weights"] = [w.requires_grad_() for w in given["weights"]]
-    torch.library.opcheck(torch.ops.locallip_cuda.chain_norm, (*given.values(), 3))
+    torch.library.opcheck(torch.ops.locallip_cuda.chain_norm, (*given.values(), 3, False))
 
 
 def test_an_empty_mask_and_an_empty_batch(device: str) -> None:

@@ -23,7 +23,7 @@ from locallip_cuda.propagation.recursion import ChainBound
 
 PROOFS = ["probabilistic", "deterministic"]
 every_proof = pytest.mark.parametrize("guarantee", PROOFS)
-WIDTH = {"probabilistic": 0.02, "deterministic": 1e-5}
+WIDTH = {"probabilistic": 1e-3, "deterministic": 1e-5}
 SEVERAL = ["vgg", "liresnet", "circular", "ends in an activation"]
 NETWORKS = ["convolutional, relu", "dense, clipped-maxmin", "normalised, pooled, grouped", "linear twice", "dense, ELU"]
 

@@ -597,7 +597,7 @@ def test_opcheck(name: str, device: str) -> None:
     problem = PROBLEMS[name](generator(0)).to(device, torch.float64)
     problem.weight.requires_grad_(True)
     args = arguments(problem, 3)
-    torch.library.opcheck(torch.ops.locallip_cuda.masked_norm.default, args)
+    torch.library.opcheck(torch.ops.locallip_cuda.masked_norm.default, (*args, False))
     sigma, u, v = ops.masked_norm(*args)
     back = (torch.randn_like(sigma).detach(), problem.weight.detach(), u, v, *args[5:9])
     torch.library.opcheck(torch.ops.locallip_cuda.masked_norm_backward.default, back)
@@ -605,7 +605,7 @@ def test_opcheck(name: str, device: str) -> None:
 
 def test_opcheck_with_a_start_and_an_empty_batch(device: str) -> None:
     weight = torch.randn(4, 5, device=device, requires_grad=True)
-    ones = [[1, 1], [0, 0], [1, 1], 1, 2]
+    ones = [[1, 1], [0, 0], [1, 1], 1, 2, False]
     start = torch.randn(1, 5, device=device)
     torch.library.opcheck(torch.ops.locallip_cuda.masked_norm.default, (weight, None, None, start, [1, 5], *ones))
     columns = torch.ones(0, 5, dtype=torch.bool, device=device)

@@ -2,6 +2,7 @@
 #include "../masked_norm.h"
 
 #include <ATen/Parallel.h>
+#include <c10/util/bit_cast.h>
 
 #include <algorithm>
 #include <cmath>
@@ -90,10 +91,42 @@ LOCALLIP_MULTIVERSION void apply_mask(scalar_t* x, const uint8_t* mask, int64_t 
   for (int64_t i = 0; i < n; ++i) x[i] = mask[i] ? x[i] : scalar_t(0);
 }
 
-template <typename scalar_t>
-LOCALLIP_MULTIVERSION void scale(scalar_t* out, const scalar_t* x, double factor, int64_t n) {
+// out = mask * x
+template <typename scalar_t, typename vector_t>
+LOCALLIP_MULTIVERSION void load(scalar_t* out, const vector_t* x, const uint8_t* mask, int64_t n) {
+  if (mask) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(x[i] * factor);
+    for (int64_t i = 0; i < n; ++i) out[i] = mask[i] ? static_cast<scalar_t>(x[i]) : scalar_t(0);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(x[i]);
+  }
+}
+
+// Of finite numbers, to the nearest even; torch's own conversion looks at every one for NaN.
+LOCALLIP_MULTIVERSION void narrow(c10::BFloat16* out, const float* x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const auto bits = c10::bit_cast<uint32_t>(x[i]);
+    out[i].x = static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+
+// out = (x - part * y) * factor, with y null for none
+template <typename scalar_t>
+LOCALLIP_MULTIVERSION void scale(scalar_t* out, const scalar_t* x, double factor, int64_t n, scalar_t part = 0,
+                                 const scalar_t* y = nullptr) {
+  const auto own = static_cast<scalar_t>(factor);
+  if (y) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - part * y[i]) * own;
+  } else if (own <= std::numeric_limits<scalar_t>::max()) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = x[i] * own;
+  } else {  // of a denormal length
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(x[i] * factor);
+  }
 }
 
 template <typename scalar_t>
@@ -103,15 +136,13 @@ LOCALLIP_MULTIVERSION void randomise(scalar_t* x, const uint8_t* mask, uint32_t 
   if (mask) apply_mask(x, mask, n);
 }
 
-// x = mask * x - its part in the basis; coefficients (if not null) gain it. Returns |mask * x|^2, and stores |x|^2
-// after.
+// x -= its part in the basis; coefficients (if not null) gain it. Returns |x|^2, and stores what it is after.
 template <typename scalar_t>
-double orthogonalise(scalar_t* x, const uint8_t* mask, const scalar_t* basis, int64_t slot_stride, int count, int64_t n,
+double orthogonalise(scalar_t* x, const scalar_t* basis, int64_t slot_stride, int count, int64_t n,
                      double* coefficients, double* after) {
   double before = 0, part[kWindow] = {};
   for (int64_t at = 0; at < n; at += kBlock) {
     const int64_t m = std::min(kBlock, n - at);
-    if (mask) apply_mask(x + at, mask + at, m);
     double square = count ? 0 : square_of(x + at, m);
     for (int j = 0; j < count; ++j) {
       square = 0;
@@ -128,6 +159,82 @@ double orthogonalise(scalar_t* x, const uint8_t* mask, const scalar_t* basis, in
   if (coefficients)
     for (int j = 0; j < count; ++j) coefficients[j] += part[j];
   return before;
+}
+
+// out = unit(mask * x - its part in the unit vector `last`, if there is one), with that part and the length, in two
+// sweeps, as the squares of both say what is left. False, with nothing written, where digits would be lost.
+template <typename scalar_t, typename vector_t>
+bool extend_by_last(const vector_t* x, const uint8_t* mask, const scalar_t* last, int64_t n, scalar_t* out,
+                    double* part, double* norm) {
+  scalar_t block[kBlock];
+  double before = 0, own = 0;
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int64_t m = std::min(kBlock, n - at);
+    load(block, x + at, mask ? mask + at : nullptr, m);
+    if (last)
+      add_products(block, last + at, m, &before, &own);
+    else
+      before += square_of(block, m);
+  }
+  const double after = before - own * own, factor = 1 / std::sqrt(after);
+  if (!(after >= kReorthogonalise * before) || !(factor <= std::numeric_limits<scalar_t>::max())) return false;
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int64_t m = std::min(kBlock, n - at);
+    load(block, x + at, mask ? mask + at : nullptr, m);
+    scale(out + at, block, factor, m, static_cast<scalar_t>(own), last ? last + at : nullptr);
+  }
+  *norm = std::sqrt(after);
+  if (last) *part = own;
+  return true;
+}
+
+template <typename scalar_t, typename vector_t>
+void extend(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int count, int64_t batch, int64_t length,
+            Breakdown breakdown, bool twice, uint32_t seed, double* projected, vector_t* copy) {
+  const int64_t slot_stride = batch * length;
+  const double noise = 16.0 * std::numeric_limits<scalar_t>::epsilon();
+  const int first = twice || length <= kBlock ? 0 : std::max(count - 1, 0);
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const vector_t* given = vector + b * length;
+      const scalar_t *own = basis + b * length, *last = count ? own + (count - 1) * slot_stride : nullptr;
+      const uint8_t* own_mask = mask ? mask + b * length : nullptr;
+      scalar_t* x = basis + count * slot_stride + b * length;
+      double coefficients[kWindow] = {}, norm = 0;
+      if (twice || count - first > 1 ||
+          !extend_by_last(given, own_mask, last, length, x, coefficients + first, &norm)) {
+        load(x, given, own_mask, length);
+        double after = 0;
+        const auto go = [&] {
+          return orthogonalise(x, own + first * slot_stride, slot_stride, count - first, length, coefficients + first,
+                               &after);
+        };
+        const double before = go();
+        if (twice || after < kReorthogonalise * before) go();
+        norm = std::sqrt(after);
+        if (norm <= noise * std::sqrt(before)) {
+          norm = 0;
+          after = 0;
+          if (breakdown == Breakdown::kReplace) {
+            randomise(x, own_mask, static_cast<uint32_t>(b * length), seed, length);
+            const double drawn = orthogonalise<scalar_t>(x, own, slot_stride, count, length, nullptr, &after);
+            orthogonalise<scalar_t>(x, own, slot_stride, count, length, nullptr, &after);
+            if (after <= noise * noise * drawn) after = 0;  // nothing left outside the span
+          }
+        }
+        if (after == 0)
+          std::fill_n(x, length, scalar_t(0));
+        else
+          scale(x, x, 1 / std::sqrt(after), length);
+      }
+      if constexpr (!std::is_same_v<scalar_t, vector_t>) narrow(copy + b * length, x, length);
+      if (projected) {
+        double* column = projected + b * kWindow * kWindow + count;
+        for (int j = 0; j < count; ++j) column[j * kWindow] = coefficients[j];
+        column[count * kWindow] = norm;
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -174,44 +281,13 @@ void start_basis(scalar_t* basis, const scalar_t* start, bool start_per_sample, 
 template <typename scalar_t>
 void extend_basis(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int count, int64_t batch, int64_t length,
                   Breakdown breakdown, bool twice, uint32_t seed, double* projected) {
-  const int64_t slot_stride = batch * length;
-  const double noise = 16.0 * std::numeric_limits<scalar_t>::epsilon();
-  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      scalar_t* x = vector + b * length;
-      const scalar_t* own = basis + b * length;
-      const uint8_t* own_mask = mask ? mask + b * length : nullptr;
-      double coefficients[kWindow] = {}, after = 0;
-      const int first = twice || length <= kBlock ? 0 : std::max(count - 1, 0);
-      const auto go = [&](const uint8_t* applied) {
-        return orthogonalise(x, applied, own + first * slot_stride, slot_stride, count - first, length,
-                             coefficients + first, &after);
-      };
-      const double before = go(own_mask);
-      if (twice || after < kReorthogonalise * before) go(nullptr);
-      double norm = std::sqrt(after);
-      if (norm <= noise * std::sqrt(before)) {
-        norm = 0;
-        after = 0;
-        if (breakdown == Breakdown::kReplace) {
-          randomise(x, own_mask, static_cast<uint32_t>(b * length), seed, length);
-          const double drawn = orthogonalise<scalar_t>(x, nullptr, own, slot_stride, count, length, nullptr, &after);
-          orthogonalise<scalar_t>(x, nullptr, own, slot_stride, count, length, nullptr, &after);
-          if (after <= noise * noise * drawn) after = 0;  // nothing left outside the span
-        }
-      }
-      scalar_t* out = basis + count * slot_stride + b * length;
-      if (after == 0)
-        std::fill_n(out, length, scalar_t(0));
-      else
-        scale(out, x, 1 / std::sqrt(after), length);
-      if (projected) {
-        double* column = projected + b * kWindow * kWindow + count;
-        for (int j = 0; j < count; ++j) column[j * kWindow] = coefficients[j];
-        column[count * kWindow] = norm;
-      }
-    }
-  });
+  extend<scalar_t, scalar_t>(basis, vector, mask, count, batch, length, breakdown, twice, seed, projected, nullptr);
+}
+
+void extend_basis_in_bfloat16(float* basis, const c10::BFloat16* vector, const uint8_t* mask, int count, int64_t batch,
+                              int64_t length, Breakdown breakdown, bool twice, uint32_t seed, double* projected,
+                              c10::BFloat16* copy) {
+  extend(basis, vector, mask, count, batch, length, breakdown, twice, seed, projected, copy);
 }
 
 template <typename scalar_t>

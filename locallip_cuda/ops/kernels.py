@@ -20,6 +20,12 @@ load_extension()
 _ops = torch.ops.locallip_cuda
 
 
+def _narrowed(weight: Tensor) -> bool:
+    """Whether autocast asks for bfloat16 where the weight is."""
+    device = weight.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+
+
 def affine(
     x: Tensor,
     weight: Tensor,
@@ -37,9 +43,7 @@ def affine(
     ``torch.backends.cuda.matmul.allow_tf32`` or ``torch.set_float32_matmul_precision`` asks for it; the
     gradient of a convolution's weight takes it where torch lets cuDNN, as it does by default.
     """
-    device = weight.device.type
-    bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    result: Tensor = _ops.affine(x, weight, bias, stride, padding, dilation, groups, bfloat16)
+    result: Tensor = _ops.affine(x, weight, bias, stride, padding, dilation, groups, _narrowed(weight))
     return result
 
 
@@ -58,10 +62,12 @@ def masked_norm(
     """(sigma (B,), right ``input_shape``, left (B, *output)) of ``diag(row) W diag(col)``; only sigma has a gradient.
 
     ``input_shape`` is (B, n) or (B, Cin, H, W); masks are bool of the full shapes, or None for all True; ``start`` is
-    None or of ``input_shape``, or with a batch of one. See :func:`locallip_cuda.masked_norm`.
+    None or of ``input_shape``, or with a batch of one. Under autocast to bfloat16 a CPU that has instructions for it
+    finds the singular vectors in bfloat16, by which they are off by about 2e-3, and their values by a product in full.
+    See :func:`locallip_cuda.masked_norm`.
     """
     result: tuple[Tensor, Tensor, Tensor] = _ops.masked_norm(
-        weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations
+        weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations, _narrowed(weight)
     )
     return result
 
@@ -86,7 +92,18 @@ def chain_norm(
     groups one; those of a dense weight mean nothing. sigma has a gradient in every weight.
     """
     result: tuple[Tensor, Tensor, Tensor] = _ops.chain_norm(
-        weights, masks, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations
+        weights,
+        masks,
+        row_mask,
+        col_mask,
+        start,
+        input_shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        iterations,
+        len(weights) > 0 and _narrowed(weights[0]),
     )
     return result
 
@@ -203,7 +220,7 @@ def _(grad, x, weight, stride, padding, dilation, groups, bfloat16, of_input, of
 
 
 @torch.library.register_fake("locallip_cuda::masked_norm")
-def _(weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations):  # type: ignore[no-untyped-def]
+def _(weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations, bfloat16):  # type: ignore[no-untyped-def]
     output = _output_shape(weight, input_shape, stride, padding, dilation)
     return weight.new_empty(input_shape[0]), _laid_out(weight, input_shape), _laid_out(weight, output)
 
@@ -214,7 +231,7 @@ def _(grad, weight, right, left, stride, padding, dilation, groups):  # type: ig
 
 
 @torch.library.register_fake("locallip_cuda::chain_norm")
-def _(weights, masks, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations):  # type: ignore[no-untyped-def]
+def _(weights, masks, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, *_iterations):  # type: ignore[no-untyped-def]
     shape = list(input_shape)
     for k, weight in enumerate(weights):
         own = (numbers[2 * k : 2 * k + 2] for numbers in (stride, padding, dilation))
@@ -278,7 +295,7 @@ def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _masked_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    weight, *_, stride, padding, dilation, groups, _iterations = inputs
+    weight, *_, stride, padding, dilation, groups, _iterations, _bfloat16 = inputs
     ctx.save_for_backward(weight, output[1], output[2])
     ctx.conv = (stride, padding, dilation, groups)
     ctx.mark_non_differentiable(output[1], output[2])
@@ -287,11 +304,11 @@ def _masked_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _masked_norm_backward(ctx: Any, grad: Tensor, _right: Tensor, _left: Tensor) -> tuple[Tensor | None, ...]:
     weight, right, left = ctx.saved_tensors
     to_weight = _ops.masked_norm_backward(grad, weight, right, left, *ctx.conv) if ctx.needs_input_grad[0] else None
-    return to_weight, *[None] * 9
+    return to_weight, *[None] * 10
 
 
 def _chain_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    weights, masks, *_, stride, padding, dilation, groups, _iterations = inputs
+    weights, masks, *_, stride, padding, dilation, groups, _iterations, _bfloat16 = inputs
     ctx.save_for_backward(*weights, *masks, output[1], output[2])
     ctx.count, ctx.conv = len(weights), (stride, padding, dilation, groups)
     ctx.mark_non_differentiable(output[1], output[2])
@@ -301,7 +318,7 @@ def _chain_norm_backward(ctx: Any, grad: Tensor, _right: Tensor, _left: Tensor) 
     *tensors, right, left = ctx.saved_tensors
     weights, masks = tensors[: ctx.count], tensors[ctx.count :]
     to_weights = _ops.chain_norm_backward(grad, weights, masks, right, left, *ctx.conv)
-    return to_weights, [None] * len(masks), *[None] * 9
+    return to_weights, [None] * len(masks), *[None] * 10
 
 
 def _activation_pattern_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

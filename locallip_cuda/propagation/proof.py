@@ -51,11 +51,6 @@ from .trace import Trace, at
 # relative and absolute error that is allowed to a smooth activation of torch in float64, in units of UNIT
 SMOOTH_ERROR = 16
 
-# relative width of the probabilistic norms, which multiply up over the layers; a chain of n maps counts about 2^-n, and
-# its norm may be so much wider
-TIGHTNESS = 1.5e-3
-WIDEST = 0.02
-
 # elements (sample, class, feature) of the margin at a time
 CHUNK = 2**22
 
@@ -276,6 +271,10 @@ class Proof(Pass[Fact]):
 
     rounded = staticmethod(up)
 
+    # Relative width of the probabilistic norms, which multiply up over the layers. A chain of n maps counts about 2^-n,
+    # and its norm may be so much wider, up to a limit.
+    tightness, widest = 1.5e-3, 0.02
+
     def __init__(
         self,
         radius: str,
@@ -410,7 +409,7 @@ class Proof(Pass[Fact]):
         columns: Tensor | None,
         stages: Sequence[Stage],
     ) -> Tensor:
-        tightness = min(TIGHTNESS * 2 ** (len(stages) - 1), WIDEST)
+        tightness = min(self.tightness * 2 ** (len(stages) - 1), self.widest)
         more = (self.guarantee, self.failure_probability, tightness, self.seed)
         try:
             norm = proved_chain_norm(chain.linear(folded_map, inner), rows, columns, stages, *more)
@@ -427,7 +426,7 @@ class Proof(Pass[Fact]):
         return None if isinstance(term.linear, Identity) else self._proved(path, term, None, None, 1)
 
     def _proved(self, path: str, term: Term, rows: Tensor | None, columns: Tensor | None, batch: int) -> Tensor:
-        more = (self.guarantee, self.failure_probability, TIGHTNESS, self.seed)
+        more = (self.guarantee, self.failure_probability, self.tightness, self.seed)
         return term_norm(path, term, rows, columns, batch, *more)
 
 

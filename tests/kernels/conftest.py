@@ -49,3 +49,9 @@ def code_for_compute_80() -> Iterator[None]:
     yield
     if EMULATED:
         ctypes.CDLL(EMULATED).locallip_emulation_ptx_version(90)
+
+
+@pytest.fixture
+def autocast() -> Iterator[None]:
+    with torch.autocast(DEVICE, torch.bfloat16):
+        yield
