@@ -100,14 +100,15 @@ struct Pattern {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
     const Tensor& values, const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
-    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second) {
+    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box) {
   const c10::OptionalDeviceGuard on_device(at::device_of(values));
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
-  Tensor out = empty(with_batch(2 * in.batch, in.sizes), options), out_half = empty(in.sizes, options);
+  Tensor out = empty(with_batch(box ? 2 * in.batch : in.batch, in.sizes), options),
+         out_half = empty(box ? IntArrayRef(in.sizes) : IntArrayRef{0}, options);
   Tensor row = empty(in.sizes, options.dtype(at::kBool)), col = empty(in.sizes, options.dtype(at::kBool)), sums;
-  const int64_t units = out_half.numel() / std::max<int64_t>(in.batch, 1);
-  if (out_half.numel() == 0) {
+  const int64_t units = row.numel() / std::max<int64_t>(in.batch, 1);
+  if (row.numel() == 0) {
     const Tensor none = at::zeros({in.batch, 2}, options);
     return {out, out_half, row, col, none, none.to(at::kLong)};
   }
@@ -115,9 +116,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
     const int64_t chunks = LOCALLIP_HOST_RUN(values, activation_pattern_chunks<scalar_t>, in.outer, in.inner, false);
     sums = at::empty({in.batch, chunks, 4}, options);
     auto* clean = out.mutable_data_ptr<scalar_t>();
-    const ActivationOutput<scalar_t> to = {
-        clean,      clean + out_half.numel(),         out_half.mutable_data_ptr<scalar_t>(), bytes(row),
-        bytes(col), sums.mutable_data_ptr<scalar_t>()};
+    const ActivationOutput<scalar_t> to = {clean,
+                                           box ? clean + out_half.numel() : nullptr,
+                                           box ? out_half.mutable_data_ptr<scalar_t>() : nullptr,
+                                           bytes(row),
+                                           bytes(col),
+                                           sums.mutable_data_ptr<scalar_t>()};
     LOCALLIP_RUN(values, activation_pattern, in.activation, in.input<scalar_t>(), to);
   });
   const Tensor totals = sums.size(1) == 1 ? sums.select(1, 0) : sums.sum(1);
@@ -132,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_backward(
     const Tensor& grad_values, const Tensor& grad_half_width, const Tensor& grad_slack, const Tensor& values,
     const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
-    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second) {
+    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box) {
   const c10::OptionalDeviceGuard on_device(at::device_of(values));
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
@@ -162,11 +166,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_ba
     out_first = sliced(in.first);
     out_second = sliced(in.second);
     const auto* g = g_values.const_data_ptr<scalar_t>();
-    const ActivationOutputGrad<scalar_t> from = {g, g + g_half.numel(), g_half.const_data_ptr<scalar_t>(),
+    const ActivationOutputGrad<scalar_t> from = {g, box ? g + g_half.numel() : nullptr,
+                                                 box ? g_half.const_data_ptr<scalar_t>() : nullptr,
                                                  g_slack.const_data_ptr<scalar_t>()};
     auto* clean = out_values.mutable_data_ptr<scalar_t>();
     const ActivationInputGrad<scalar_t> to = {clean,
-                                              in.box ? clean + g_half.numel() : nullptr,
+                                              in.box ? clean + in.values.numel() / 2 : nullptr,
                                               in.box ? out_half.mutable_data_ptr<scalar_t>() : nullptr,
                                               out_norms.mutable_data_ptr<scalar_t>(),
                                               out_radius.mutable_data_ptr<scalar_t>(),

@@ -33,7 +33,8 @@ struct ActivationInput {
 };
 
 // All [batch][units] but sums, [batch][chunks][4]: over a chunk's units, the two sparsity terms, and how many are True
-// in the row mask and in the column mask.
+// in the row mask and in the column mask. centre and half_width are null where nobody takes the box; so are their
+// gradients.
 template <typename scalar_t>
 struct ActivationOutput {
   scalar_t *clean, *centre, *half_width;

@@ -8,11 +8,13 @@
 // A basis is an array [slot][sample][length]. A `mask` is null (all True) or [sample][length], one byte a unit.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
 #include <cstdint>
 
 #include "portable.h"
+
+namespace c10 {
+struct BFloat16;
+}
 
 namespace locallip {
 

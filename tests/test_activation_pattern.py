@@ -78,8 +78,11 @@ def compare_gradients(args: list[Any], *, slack: bool = True, seed: int = 1, rto
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("box", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_equals_the_reference(activation: str, shape: str, box: bool, shared: bool, device: str) -> None:
-    args = arguments(activation, SHAPES[shape], 3, box=box, shared=shared, device=device)
+@pytest.mark.parametrize("box_behind", [True, False])
+def test_equals_the_reference(
+    activation: str, shape: str, box: bool, shared: bool, box_behind: bool, device: str
+) -> None:
+    args = [*arguments(activation, SHAPES[shape], 3, box=box, shared=shared, device=device), box_behind]
     got, expected = ops.activation_pattern(*args), reference.activation_pattern(*args)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
@@ -133,6 +136,7 @@ def test_batches_of_none_and_one(activation: str, shape: tuple[int, ...], box: b
         values, half_width, rows, columns, slack, _ = ops.activation_pattern(*args)
         assert values.shape == (2 * batch, *shape) and half_width.shape == (batch, *shape)
         assert rows.shape == columns.shape == (batch, *shape) and slack.shape == (batch, 2)
+        assert [len(t) for t in ops.activation_pattern(*args, False)[:2]] == [batch, 0]
         if batch:
             compare_gradients(args)
         else:
@@ -389,11 +393,13 @@ def test_gradcheck(activation: str, box: bool, device: str) -> None:
 def test_opcheck(activation: str, shape: tuple[int, ...], box: bool, shared: bool, device: str) -> None:
     args = arguments(activation, shape, 3, box=box, shared=shared, device=device)
     own = [a.requires_grad_(True) if isinstance(a, Tensor) else a for a in args]
-    torch.library.opcheck(torch.ops.locallip_cuda.activation_pattern.default, own)
-    out = ops.activation_pattern(*own)
-    gradients = [torch.randn_like(out[k]).detach() for k in (0, 1, 4)]
     detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
-    torch.library.opcheck(torch.ops.locallip_cuda.activation_pattern_backward.default, [*gradients, *detached])
+    for box_behind in (True, False):
+        torch.library.opcheck(torch.ops.locallip_cuda.activation_pattern.default, [*own, box_behind])
+        out = ops.activation_pattern(*own, box_behind)
+        gradients = [torch.randn_like(out[k]).detach() for k in (0, 1, 4)]
+        backward = torch.ops.locallip_cuda.activation_pattern_backward.default
+        torch.library.opcheck(backward, [*gradients, *detached, box_behind])
 
 
 def test_compiles_into_one_graph(device: str) -> None:

@@ -2,6 +2,7 @@
 #include "../masked_norm.h"
 
 #include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
 #include <c10/util/bit_cast.h>
 
 #include <algorithm>

@@ -58,8 +58,10 @@ struct Results {
 
   __device__ void write(const ActivationOutput<T>& out, int64_t at) const {
     store<kUnits>(out.clean + at, clean);
-    store<kUnits>(out.centre + at, centre);
-    store<kUnits>(out.half_width + at, half_width);
+    if (out.half_width) {
+      store<kUnits>(out.centre + at, centre);
+      store<kUnits>(out.half_width + at, half_width);
+    }
     store<kUnits>(out.row_mask + at, row);
     store<kUnits>(out.col_mask + at, column);
   }
@@ -135,8 +137,8 @@ struct Grads {
 
   __device__ Grads(const ActivationOutputGrad<T>& grad, int64_t at)
       : clean(load<kUnits>(grad.clean + at)),
-        centre(load<kUnits>(grad.centre + at)),
-        half_width(load<kUnits>(grad.half_width + at)) {}
+        centre(grad.half_width ? load<kUnits>(grad.centre + at) : Pack<T, kUnits>{}),
+        half_width(grad.half_width ? load<kUnits>(grad.half_width + at) : Pack<T, kUnits>{}) {}
 
   __device__ Bounds<T> bounds(int u) const {
     return {clean.v[u], (centre.v[u] - half_width.v[u]) / 2, (centre.v[u] + half_width.v[u]) / 2};

@@ -116,6 +116,7 @@ def activation_pattern(
     activation: str,
     first: Tensor | None,
     second: Tensor | None,
+    box: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer's bounds in; masks, post-activation box, sparsity terms and counts out, in one pass.
 
@@ -130,16 +131,18 @@ def activation_pattern(
         radius: (B,) of the ball at the layer's input.
         activation: "identity", "relu", "clipped_relu", "maxmin" or "clipped_maxmin".
         first, second: (1, *shape) threshold of clipped_relu; upper and lower of clipped_maxmin, half the channels.
+        box: whether the box behind the activation is wanted.
 
     Returns:
-        values (2B, *shape): clean outputs, then the centres of their box; half_width (B, *shape); row_mask and
-        col_mask, bool (B, *shape); slack (B, 2): the means over the units of the two sparsity terms, relu(ub) and
-        relu(threshold - lb); for clipped_maxmin relu(upper - lb_max) + relu(ub_min - lower) and 0; varying, int64
-        (B, 2): how many units are True in row_mask and in col_mask.
+        values (2B, *shape): clean outputs, then the centres of their box; half_width (B, *shape); without a box
+        values (B, *shape) and half_width (0,); row_mask and col_mask, bool (B, *shape); slack (B, 2): the means over
+        the units of the two sparsity terms, relu(ub) and relu(threshold - lb); for clipped_maxmin
+        relu(upper - lb_max) + relu(ub_min - lower) and 0; varying, int64 (B, 2): how many units are True in row_mask
+        and in col_mask.
         Differentiable in all floating-point inputs; where box and ball tie, the gradient goes to the ball.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _ops.activation_pattern(
-        values, half_width, squared_row_norms, radius, activation, first, second
+        values, half_width, squared_row_norms, radius, activation, first, second, box
     )
     return result
 
@@ -248,16 +251,17 @@ def _(grad, weights, masks, right, left, stride, padding, dilation, groups):  # 
 
 
 @torch.library.register_fake("locallip_cuda::activation_pattern")
-def _(values, half_width, squared_row_norms, radius, activation, first, second):  # type: ignore[no-untyped-def]
+def _(values, half_width, squared_row_norms, radius, activation, first, second, box):  # type: ignore[no-untyped-def]
     shape = [radius.shape[0], *values.shape[1:]]
     mask = [_laid_out(values, shape, torch.bool) for _ in range(2)]
-    out = _laid_out(values, [2 * shape[0], *shape[1:]])
+    out = _laid_out(values, [(1 + box) * shape[0], *shape[1:]])
+    wide = _laid_out(values, shape) if box else values.new_empty(0)
     slack, varying = values.new_empty(shape[0], 2), values.new_empty(shape[0], 2, dtype=torch.int64)
-    return out, _laid_out(values, shape), *mask, slack, varying
+    return out, wide, *mask, slack, varying
 
 
 @torch.library.register_fake("locallip_cuda::activation_pattern_backward")
-def _(grad_values, grad_half_width, grad_slack, values, half_width, norms, radius, activation, first, second):  # type: ignore[no-untyped-def]
+def _(grad_values, grad_half_width, grad_slack, values, half_width, norms, radius, activation, first, second, box):  # type: ignore[no-untyped-def]
     def like(t: Tensor | None) -> Tensor:
         return values.new_empty(0) if t is None else _laid_out(t, t.shape)
 
@@ -322,9 +326,9 @@ def _chain_norm_backward(ctx: Any, grad: Tensor, _right: Tensor, _left: Tensor) 
 
 
 def _activation_pattern_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, half_width, norms, radius, activation, first, second = inputs
+    values, half_width, norms, radius, activation, first, second, box = inputs
     ctx.save_for_backward(values, half_width, norms, radius, first, second)
-    ctx.activation = activation
+    ctx.activation, ctx.box = activation, box
     ctx.mark_non_differentiable(output[2], output[3], output[5])
 
 
@@ -332,9 +336,8 @@ def _activation_pattern_backward(
     ctx: Any, grad_values: Tensor, grad_half_width: Tensor, _row: Any, _col: Any, grad_slack: Tensor, _varying: Any
 ) -> tuple[Tensor | None, ...]:
     values, half_width, norms, radius, first, second = ctx.saved_tensors
-    grads = _ops.activation_pattern_backward(
-        grad_values, grad_half_width, grad_slack, values, half_width, norms, radius, ctx.activation, first, second
-    )
+    bounds = (values, half_width, norms, radius, ctx.activation, first, second, ctx.box)
+    grads = _ops.activation_pattern_backward(grad_values, grad_half_width, grad_slack, *bounds)
     to_values, to_half_width, to_norms, to_radius, to_first, to_second = grads
     return (
         to_values,
@@ -344,6 +347,7 @@ def _activation_pattern_backward(
         None,
         None if first is None else to_first,
         None if second is None else to_second,
+        None,
     )
 
 

@@ -15,7 +15,7 @@ from ..norms.linear import Composed, Convolution, Dense, Identity, LinearMap
 from ..norms.masked_norm import values_are_at_hand
 from ..shapes import flat
 from .composition import Chain, folded_map
-from .graph import Joined, Layer, Term, View, joined_radius
+from .graph import Graph, Joined, Layer, Term, View, joined_radius
 from .recursion import Pass, check_norm, joined_mask, viewed_mask
 from .rules import Lipschitz
 from .trace import without_autocast
@@ -66,6 +66,21 @@ class Estimate(Pass[Fact]):
         super().__init__(local=radius == "local", window=window)
         self.iterations, self.kept, self.y = iterations, kept, y
         self.starts: dict[int, Tensor] = {}  # right singular vectors of the chains without masks
+        self.boxed_behind: set[Layer] = set()  # layers whose box a later one takes, or the margin
+
+    def run(self, graph: Graph, x: Tensor, eps: Tensor) -> list[Fact]:
+        taken = {term.source for term in graph.head.terms}
+        for fact, step in reversed(list(enumerate(graph.steps, 1))):
+            if isinstance(step, Layer):
+                taken.update(term.source for term in step.terms if all(map(self.boxed, step.terms)))
+            elif fact in taken:
+                taken.update([step.source] if isinstance(step, View) else step.sources)
+        self.boxed_behind = {s for fact, s in enumerate(graph.steps, 1) if isinstance(s, Layer) and fact in taken}
+        return super().run(graph, x, eps)
+
+    def makes_box(self, layer: Layer) -> bool:
+        """Whether it leaves a box behind its activation: one without a kernel is computed of it."""
+        return layer in self.boxed_behind or not layer.activation.kind
 
     def start(self, x: Tensor, eps: Tensor) -> Fact:
         layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
@@ -108,9 +123,11 @@ class Estimate(Pass[Fact]):
         activation = layer.activation
         squares, radius = self._ball(layer, facts)
         pattern = self.pattern(layer, values, half_width, squares, radius)
-        values, half_width, rows, columns = (t.reshape(len(t), *layer.sizes) for t in pattern[:4])
+        values, rows, columns = (t.reshape(len(t), *layer.sizes) for t in (pattern[0], *pattern[2:4]))
+        half_width = pattern[1].reshape(len(rows), *layer.sizes) if self.makes_box(layer) else None
         slack, varying = pattern[4:]
         if not activation.kind:
+            assert half_width is not None
             clean, centre = values.chunk(2)
             low, high = centre - half_width, centre + half_width
             ends = (clean, clean) if isinstance(activation, Lipschitz) else (low, high)
@@ -161,6 +178,7 @@ class Estimate(Pass[Fact]):
             activation.kind or "identity",
             None if activation.first is None else planar_values(activation.first),
             None if activation.second is None else planar_values(activation.second),
+            self.makes_box(layer),
         )
 
     def unmasked_norms(self, layer: Layer, norms: Sequence[Tensor | None], own: Sequence[Chain]) -> list[Tensor | None]:

@@ -16,9 +16,16 @@ SHAPES = [(2,), (30,), (34,), (66,), (2048,), (2056,), (2, 1, 1), (6, 5, 4), (8,
 
 
 def both(
-    device: str, activation: str, shape: tuple[int, ...], batch: int, box: bool, shared: bool, dtype: torch.dtype
+    device: str,
+    activation: str,
+    shape: tuple[int, ...],
+    batch: int,
+    box: bool,
+    shared: bool,
+    dtype: torch.dtype,
+    box_behind: bool = True,
 ) -> None:
-    args = arguments(activation, shape, batch, box=box, shared=shared, seed=len(shape), dtype=dtype)
+    args = [*arguments(activation, shape, batch, box=box, shared=shared, seed=len(shape), dtype=dtype), box_behind]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     results, gradients = [], []
     for op, to in ((ops.activation_pattern, (device, dtype)), (reference.activation_pattern, ("cpu", torch.float64))):
@@ -31,7 +38,8 @@ def both(
             loss = loss + (out[i] * weights.to(*to)).sum()
         loss.backward()
         results.append([t.detach().cpu() for t in out])
-        gradients.append([a.grad.cpu() for a in own if isinstance(a, Tensor)])
+        grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in own if isinstance(a, Tensor)]
+        gradients.append([grad.cpu() for grad in grads])
     for i, (mine, twin) in enumerate(zip(*results, strict=True)):
         if i in (2, 3, 5):
             assert torch.equal(mine, twin)
@@ -45,8 +53,9 @@ def both(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("box", [False, True])
-def test_float32(device: str, activation: str, shape: tuple[int, ...], box: bool) -> None:
-    both(device, activation, shape, 3, box, False, torch.float32)
+@pytest.mark.parametrize("box_behind", [False, True])
+def test_float32(device: str, activation: str, shape: tuple[int, ...], box: bool, box_behind: bool) -> None:
+    both(device, activation, shape, 3, box, False, torch.float32, box_behind)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
