@@ -1,7 +1,7 @@
 """How close the norms of training stay on networks trained against them, at the training radius, and what a step costs.
 
 - `ours`: norms kept from step to step, iterations under control (`TrainingNorms`), on a network so trained.
-- `bfloat16`: the same under autocast to bfloat16.
+- `ours-bfloat16`: the same under autocast to bfloat16.
 - `fixed`: the published recipe's number of iterations from the global singular vector, on a network so trained.
 - `paper`, `plain`: the published method and plain training (`bench.step`), on the network of `ours`.
 
@@ -31,7 +31,7 @@ CHECKED = 16
 
 def cases(setting: Setting) -> Iterator[Case]:
     for name in networks.RECIPES:
-        yield Case("closeness", name, ("ours", "bfloat16", "fixed", "paper", "plain"), partial(build, setting, name))
+        yield Case("closeness", name, ("ours", "ours-bfloat16", "fixed", "paper", "plain"), partial(build, setting, name))
 
 
 def build(setting: Setting, name: str) -> dict[str, Variant]:
@@ -46,7 +46,7 @@ def build(setting: Setting, name: str) -> dict[str, Variant]:
     }
     return {
         "ours": variant(setting, name, kept=True),
-        "bfloat16": variant(setting, name, kept=True, bfloat16=True),
+        "ours-bfloat16": variant(setting, name, kept=True, bfloat16=True),
         "fixed": variant(setting, name, kept=False),
         **others,
     }
