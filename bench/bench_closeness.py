@@ -31,7 +31,9 @@ CHECKED = 16
 
 def cases(setting: Setting) -> Iterator[Case]:
     for name in networks.RECIPES:
-        yield Case("closeness", name, ("ours", "ours-bfloat16", "fixed", "paper", "plain"), partial(build, setting, name))
+        yield Case(
+            "closeness", name, ("ours", "ours-bfloat16", "fixed", "paper", "plain"), partial(build, setting, name)
+        )
 
 
 def build(setting: Setting, name: str) -> dict[str, Variant]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command
-from bench import bench_certificate, harness, report
+from bench import bench_certificate, bench_closeness, harness, passes, report
 from bench.bench_certificate import Cost
 from bench.case import Case, Setting, Variant
 from bench.clock import Clock
@@ -515,3 +515,19 @@ def test_gpu_check_without_a_gpu_says_so_and_fails(tmp_path: Path) -> None:
     assert done.returncode != 0 and not out.exists()
     assert "needs a machine with an NVIDIA GPU" in done.stderr or "no torch that can use the GPU" in done.stderr
     assert subprocess.run([str(script)], capture_output=True, check=False).returncode == 2
+
+
+def test_passes_of_a_step_by_layer_and_phase() -> None:
+    """Every op of a step counts once, and each phase at its layer."""
+    call = bench_closeness.variant(Setting(torch.device("cpu"), tiny=True), "mnist-4c3f", kept=True).call
+    weights = [tuple(m.weight.shape) for m in models.build("digits") if isinstance(m, nn.Conv2d | nn.Linear)]
+    recorded, whole = passes.least(call, 2)
+    spent = passes.by_phase(recorded, weights)
+    assert sum(map(sum, spent.values())) == pytest.approx(sum(op.ms for op in recorded)) and whole > 0
+    hidden, last = range(len(weights) - 1), len(weights) - 1
+    for layer in hidden:
+        for phase in ("values", "masks", "norms"):
+            forward, backward = spent[layer, phase]
+            assert forward > 0 and backward > 0, (layer, phase)
+        assert spent[layer, "rows"][0] > 0
+    assert min(spent[last, "values"]) > 0 and not {(last, "masks"), (last, "norms")} & spent.keys()
