@@ -349,7 +349,7 @@ def test_the_audit_takes_nothing_of_what_made_the_bounds(name: str) -> None:
     assert imports or name == "exact_norms"
     for node in imports:
         assert node.level == 1 or node.module == "nn", ast.unparse(node)
-        allowed = {"audit", "checkpoint", "data", "exact_norms", "sequential", "witness"}
+        allowed = {"audit", "checkpoint", "data", "exact_norms", "progress", "sequential", "witness"}
         named = {node.module} if node.module else {alias.name for alias in node.names}
         assert node.level == 2 or named <= allowed, ast.unparse(node)
 

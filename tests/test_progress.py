@@ -12,6 +12,7 @@ import signal
 import struct
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,6 +202,20 @@ def test_certifying_without_a_terminal(
     assert all(re.fullmatch(r"\d+/48 samples: [\w ]*(, \d+ s left)?", line) for line in lines)
     assert any(line.startswith("0/48 samples: attack") for line in lines)
     assert any(re.match(r"16/48 samples: [\w ]+, \d+ s left", line) for line in lines)
+
+
+def test_counting_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    with progress.counting("auditing", 4, silent=False) as count_up:
+        for _ in range(4):
+            time.sleep(0.1)
+            count_up(1)
+    captured = capsys.readouterr()
+    assert not captured.err
+    lines = captured.out.splitlines()
+    assert lines[0] == "0/4 samples: auditing"
+    assert all(re.fullmatch(r"[0-4]/4 samples: auditing(, \d+ s left)?", line) for line in lines)
+    assert any(line.startswith("2/4 samples: auditing, ") for line in lines)
 
 
 def test_certifying_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

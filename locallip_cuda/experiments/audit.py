@@ -35,12 +35,12 @@ import torch.nn.functional as F
 from flint import arb, arb_mat, ctx
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from ..nn import ClippedMaxMin, ClippedReLU, MaxMin
 from . import exact_norms
 from .data import Dataset
 from .exact_norms import Finding
+from .progress import counting
 from .sequential import Step, steps
 from .witness import Witness, WitnessError, input_digest, weights_digest
 
@@ -380,7 +380,12 @@ def audited(auditor: Auditor, limit: int | None = None, *, quiet: bool = True) -
     if not len(auditor.witness):
         raise ValueError("witness: got 0 certificates, want at least 1")
     chosen = range(len(auditor.witness))[:limit]
-    return [auditor.audit(k) for k in tqdm(chosen, unit="sample", leave=False, disable=quiet, dynamic_ncols=True)]
+    with counting("auditing", len(chosen), silent=quiet) as count_up:
+        results = []
+        for k in chosen:
+            results.append(auditor.audit(k))
+            count_up(1)
+    return results
 
 
 def table(results: list[Audited], title: str) -> str:

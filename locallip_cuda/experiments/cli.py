@@ -617,7 +617,7 @@ def _explain(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         window=window,
         limit=arguments.limit,
         batch_size=arguments.batch_size,
-        quiet=not sys.stderr.isatty(),
+        quiet=False,
     )
     title = f"{stored.network}: {found.samples} test samples of {name}, l2 radius {eps:.4g}"
     title += "" if window == 1 else f", {report.windowed(window)}"
@@ -653,7 +653,7 @@ def _audit(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     compared = arguments.data is not None or name == "digits"
     dataset = data.load(name, arguments.data, train=False) if compared else None
     auditor = audit.Auditor(model, read, dataset)
-    results = audit.audited(auditor, arguments.limit, quiet=not sys.stderr.isatty())
+    results = audit.audited(auditor, arguments.limit, quiet=False)
     radii = sorted({done.eps for done in results})
     radius = f"l2 radius {radii[0]:.4g}" if len(radii) == 1 else f"l2 radii {radii[0]:.4g} to {radii[-1]:.4g}"
     print(audit.table(results, f"{stored.network}: {len(results)} of {len(read)} certificates of {name}, {radius}"))

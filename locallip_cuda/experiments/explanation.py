@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from .. import ops
 from ..bounds import LocalBounds, local_bounds
@@ -22,6 +21,7 @@ from ..propagation.functional import lengths
 from ..propagation.graph import lowered, traced
 from ..propagation.recursion import LayerBound
 from .data import Dataset
+from .progress import counting
 
 ITERATIONS = 50
 BINS = 50
@@ -274,7 +274,7 @@ def explain(
     dataset = dataset[:limit]
     of_norms: list[list[Tensor]] = []
     per_sample: list[dict[str, Any]] = []
-    with tqdm(total=len(dataset), unit="sample", leave=False, disable=quiet, dynamic_ncols=True) as bar:
+    with counting("explaining", len(dataset), silent=quiet) as count_up:
         for index in torch.split(torch.arange(len(dataset)), batch_size):
             x, y = dataset.batch(index, device)
             with _Intervals() as intervals:
@@ -303,7 +303,7 @@ def explain(
                         **constants,
                     }
                 )
-            bar.update(len(y))
+            count_up(len(y))
     by_product, composed = (
         torch.tensor([sample[name] for sample in per_sample if name in sample], dtype=torch.float64)
         for name in ("lipschitz_product", "lipschitz_composed")

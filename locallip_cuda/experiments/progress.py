@@ -121,3 +121,23 @@ class Progress:
         finally:
             ended.set()
             thread.join()
+
+
+@contextmanager
+def counting(what: str, samples: int, *, silent: bool) -> Iterator[Callable[[int], None]]:
+    """Show how many samples are done, and the time left, while something is done to them: call with how many more."""
+    done, pace = 0, Pace(time.perf_counter(), 0)
+
+    def now() -> tuple[str, str]:
+        seconds = pace.seconds_for(samples - done)
+        return f"{done}/{samples} samples", what + ("" if seconds is None else f", {duration(seconds)} left")
+
+    with Progress(samples, 0, silent=silent) as progress, progress.showing(now):
+
+        def count_up(more: int) -> None:
+            nonlocal done
+            done += more
+            pace.mark(time.perf_counter(), done)
+            progress.reach(done)
+
+        yield count_up
