@@ -198,7 +198,7 @@ def _first_sentence(source: str) -> str:
 
 
 def command_line() -> str:
-    parser = cli._parser()
+    parser = cli.parser()
     lines = ["# Command line", "", f"{parser.description}", ""]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -12,6 +12,7 @@ from statistics import fmean
 import pytest
 
 from locallip_cuda.experiments import cli, comparison, comparison_report
+from locallip_cuda.experiments.commands import train
 from locallip_cuda.experiments.recipes import PRESETS, recipe
 
 SMALL = ["--epochs", "1", "--batch-size", "512", "--limit", "20", "--attack-steps", "2"]
@@ -25,9 +26,9 @@ def test_commands_are_the_rows(preset: str, tmp_path: Path) -> None:
     found = comparison.runs(list(comparison.ROWS), [0, 3], base, tmp_path, **more)
     assert len({run.folder for run in found}) == len(found) == 2 * len(comparison.ROWS)
     for run in found:
-        parsed = cli._parser().parse_args(run.train)
-        assert cli._recipe(parsed, run.folder) == run.recipe == comparison.ROWS[run.row].recipe(base, run.seed)
-        assert parsed.out == run.folder and cli._parser().parse_args(run.certify).checkpoint == run.folder
+        parsed = cli.parser().parse_args(run.train)
+        assert train.recipe_of(parsed, run.folder) == run.recipe == comparison.ROWS[run.row].recipe(base, run.seed)
+        assert parsed.out == run.folder and cli.parser().parse_args(run.certify).checkpoint == run.folder
 
 
 def test_rows_are_what_they_say() -> None:

@@ -64,7 +64,7 @@ def commands(text: str) -> list[str]:
 def test_commands_have_their_options(page: Path) -> None:
     for line in commands(page.read_text()):
         words = [word.replace("$seed", "1").replace("$eps", "0.3") for word in shlex.split(line, comments=True)]
-        assert cli._parser().parse_args(words[1:]).command == words[1], line
+        assert cli.parser().parse_args(words[1:]).command == words[1], line
 
 
 def public(module: Any) -> set[str]:
