@@ -100,12 +100,12 @@ struct Pattern {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
     const Tensor& values, const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
-    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box) {
+    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box_behind) {
   const c10::OptionalDeviceGuard on_device(at::device_of(values));
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
-  Tensor out = empty(with_batch(box ? 2 * in.batch : in.batch, in.sizes), options),
-         out_half = empty(box ? IntArrayRef(in.sizes) : IntArrayRef{0}, options);
+  Tensor out = empty(with_batch(box_behind ? 2 * in.batch : in.batch, in.sizes), options),
+         out_half = empty(box_behind ? IntArrayRef(in.sizes) : IntArrayRef{0}, options);
   Tensor row = empty(in.sizes, options.dtype(at::kBool)), col = empty(in.sizes, options.dtype(at::kBool)), sums;
   const int64_t units = row.numel() / std::max<int64_t>(in.batch, 1);
   if (row.numel() == 0) {
@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
     sums = at::empty({in.batch, chunks, 4}, options);
     auto* clean = out.mutable_data_ptr<scalar_t>();
     const ActivationOutput<scalar_t> to = {clean,
-                                           box ? clean + out_half.numel() : nullptr,
-                                           box ? out_half.mutable_data_ptr<scalar_t>() : nullptr,
+                                           box_behind ? clean + out_half.numel() : nullptr,
+                                           box_behind ? out_half.mutable_data_ptr<scalar_t>() : nullptr,
                                            bytes(row),
                                            bytes(col),
                                            sums.mutable_data_ptr<scalar_t>()};
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_backward(
     const Tensor& grad_values, const Tensor& grad_half_width, const Tensor& grad_slack, const Tensor& values,
     const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
-    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box) {
+    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box_behind) {
   const c10::OptionalDeviceGuard on_device(at::device_of(values));
   const Pattern in(values, half_width, squared_row_norms, radius, activation, first, second);
   const auto options = values.options().requires_grad(false);
@@ -166,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_ba
     out_first = sliced(in.first);
     out_second = sliced(in.second);
     const auto* g = g_values.const_data_ptr<scalar_t>();
-    const ActivationOutputGrad<scalar_t> from = {g, box ? g + g_half.numel() : nullptr,
-                                                 box ? g_half.const_data_ptr<scalar_t>() : nullptr,
+    const ActivationOutputGrad<scalar_t> from = {g, box_behind ? g + g_half.numel() : nullptr,
+                                                 box_behind ? g_half.const_data_ptr<scalar_t>() : nullptr,
                                                  g_slack.const_data_ptr<scalar_t>()};
     auto* clean = out_values.mutable_data_ptr<scalar_t>();
     const ActivationInputGrad<scalar_t> to = {clean,

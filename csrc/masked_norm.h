@@ -12,10 +12,6 @@
 
 #include "portable.h"
 
-namespace c10 {
-struct BFloat16;
-}
-
 namespace locallip {
 
 // Most right vectors held before a restart, and the Ritz vectors kept by one. Small networks' norms need 1 to 5 steps,
@@ -75,10 +71,10 @@ constexpr double kReorthogonalise = 0.5;
 namespace cpu {
 LOCALLIP_DECLARE_MASKED_NORM()
 
-// extend_basis of a vector in bfloat16, with a copy of the new one of the basis in it.
-void extend_basis_in_bfloat16(float* basis, const c10::BFloat16* vector, const uint8_t* mask, int count, int64_t batch,
+// extend_basis of a vector in bfloat16, by its bits, with a copy in it of what the basis gets.
+void extend_basis_in_bfloat16(float* basis, const uint16_t* vector, const uint8_t* mask, int count, int64_t batch,
                               int64_t length, Breakdown breakdown, bool twice, uint32_t seed, double* projected,
-                              c10::BFloat16* copy);
+                              uint16_t* copy);
 }  // namespace cpu
 
 // ---- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ TORCH_LIBRARY(locallip_cuda, m) {
   const std::string conv = "int[] stride, int[] padding, int[] dilation, int groups";
   const std::string bounds =
       "Tensor values, Tensor? half_width, Tensor squared_row_norms, Tensor radius, str activation, "
-      "Tensor? first, Tensor? second, bool box";
+      "Tensor? first, Tensor? second, bool box_behind";
   const std::string last = "Tensor features, Tensor lower, Tensor upper, Tensor radius, Tensor weight, Tensor labels";
   const auto define = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
   define("affine(Tensor x, Tensor weight, Tensor? bias, " + conv + ", bool bfloat16) -> Tensor");

@@ -37,12 +37,12 @@ std::vector<Tensor> chain_norm_backward(const Tensor& grad, at::TensorList weigh
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern(
     const Tensor& values, const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
-    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box);
+    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box_behind);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation_pattern_backward(
     const Tensor& grad_values, const Tensor& grad_half_width, const Tensor& grad_slack, const Tensor& values,
     const OptionalTensor& half_width, const Tensor& squared_row_norms, const Tensor& radius,
-    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box);
+    const std::string& activation, const OptionalTensor& first, const OptionalTensor& second, bool box_behind);
 
 std::tuple<Tensor, Tensor> margin(const Tensor& features, const Tensor& lower, const Tensor& upper,
                                   const Tensor& radius, const Tensor& weight, const Tensor& labels);

@@ -41,8 +41,9 @@ struct Basis {
 #ifndef LOCALLIP_EMULATED_CUDA
     if constexpr (std::is_same_v<scalar_t, float>)
       if (vector.scalar_type() == at::kBFloat16)
-        return cpu::extend_basis_in_bfloat16(basis, vector.const_data_ptr<at::BFloat16>(), mask, count, samples, length,
-                                             breakdown, twice, seed, projected, copy.mutable_data_ptr<at::BFloat16>());
+        return cpu::extend_basis_in_bfloat16(basis, static_cast<const uint16_t*>(vector.const_data_ptr()), mask, count,
+                                             samples, length, breakdown, twice, seed, projected,
+                                             static_cast<uint16_t*>(copy.mutable_data_ptr()));
 #endif
     LOCALLIP_RUN(slots, extend_basis, basis, vector.mutable_data_ptr<scalar_t>(), mask, count, samples, length,
                  breakdown, twice, seed, projected);
@@ -96,9 +97,10 @@ struct NormProblem {
 };
 
 // `map` has apply_into(out, x, first) and adjoint_into(out, y, like, first) of samples from number `first` on,
-// samples_at_once(length), any of its weights, and itself in_bfloat16(). Where `bfloat16` is wanted that one finds the
-// right vectors, and one product of theirs in full has their values, of which none is above the norm. A few samples are
-// taken at a time on the CPU, so that their bases stay in cache from one pass to the next. Buffers are reused.
+// samples_at_once(length), any of its weights, and itself in_bfloat16(). Where `bfloat16` is wanted, and fast, that one
+// finds the right vectors, and one product of theirs in full has their values, of which none is above the norm. A few
+// samples are taken at a time on the CPU, so that their bases stay in cache from one pass to the next. Buffers are
+// reused.
 template <typename Map>
 void stream_norm(NormProblem& in, const Map& map, bool bfloat16) {
   const int64_t rows = in.rows, columns = in.columns, iterations = in.iterations;

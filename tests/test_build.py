@@ -404,14 +404,15 @@ def test_build_info_of_this_build():
 
 
 @pytest.mark.skipif(locallip_cuda.build_info()["cuda"] is not None, reason="this build takes GPU tensors")
-@pytest.mark.parametrize("op", ["affine", "masked_norm", "activation_pattern", "margin"])
+@pytest.mark.parametrize("op", ["affine", "masked_norm", "chain_norm", "activation_pattern", "margin"])
 def test_gpu_tensors_on_a_build_for_the_cpu_alone(op):
     """The dispatcher is asked for the GPU's kernel, since there may be no GPU to put a tensor on."""
     x, geometry = torch.ones(2, 2), ([1, 1], [0, 0], [1, 1], 1)
     arguments = {
         "affine": (x, x, None, *geometry, False),
-        "masked_norm": (x, None, None, None, [2, 2], *geometry, 1),
-        "activation_pattern": (x, None, x, x[0], "relu", None, None),
+        "masked_norm": (x, None, None, None, [2, 2], *geometry, 1, False),
+        "chain_norm": ([x, x], [x > 0], None, None, None, [2, 2], [1] * 4, [0] * 4, [1] * 4, [1, 1], 1, False),
+        "activation_pattern": (x, None, x, x[0], "relu", None, None, True),
         "margin": (x, x, x, x[0], x, torch.zeros(2, dtype=torch.int64)),
     }
     gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -64,10 +64,10 @@ LOCALLIP_INLINE Bounds<T> bounds_at(const InputRow<T>& in, int64_t i) {
                       kBox ? in.half_width[i] : T(0));
 }
 
-template <bool kBoxOut, typename T>
+template <bool kBoxBehind, typename T>
 LOCALLIP_INLINE void store(const OutputRow<T>& out, int64_t i, Bounds<T> value, int row, int column) {
   out.clean[i] = value.clean;
-  if (kBoxOut) {
+  if (kBoxBehind) {
     out.centre[i] = (value.lower + value.upper) / 2;
     out.half_width[i] = (value.upper - value.lower) / 2;
   }
@@ -75,7 +75,7 @@ LOCALLIP_INLINE void store(const OutputRow<T>& out, int64_t i, Bounds<T> value, 
   out.col_mask[i] = column;
 }
 
-template <Activation kActivation, bool kBox, bool kBoxOut, typename T>
+template <Activation kActivation, bool kBox, bool kBoxBehind, typename T>
 LOCALLIP_INLINE void forward_at(const InputRow<T>& in, const OutputRow<T>& out, int64_t i, T* slack0, T* slack1) {
   constexpr bool kClipped = kActivation == Activation::kClippedMaxMin;
   const Bounds<T> a = bounds_at<kBox>(in, i);
@@ -83,22 +83,22 @@ LOCALLIP_INLINE void forward_at(const InputRow<T>& in, const OutputRow<T>& out, 
     const int64_t j = i + in.inner;
     const auto r = pair_forward<kClipped, T>(a, bounds_at<kBox>(in, j), kClipped ? in.first[i] : T(0),
                                              kClipped ? in.second[i] : T(0));
-    store<kBoxOut>(out, i, r.largest, r.row_a, r.column_largest);
-    store<kBoxOut>(out, j, r.smallest, r.row_b, r.column_smallest);
+    store<kBoxBehind>(out, i, r.largest, r.row_a, r.column_largest);
+    store<kBoxBehind>(out, j, r.smallest, r.row_b, r.column_smallest);
     *slack0 = r.slack;
     *slack1 = 0;
   } else {
     const auto r = unit_forward<kActivation, T>(a, kActivation == Activation::kClippedRelu ? in.first[i] : T(0));
-    store<kBoxOut>(out, i, r.out, r.row, r.column);
+    store<kBoxBehind>(out, i, r.out, r.row, r.column);
     *slack0 = r.slack[0];
     *slack1 = r.slack[1];
   }
 }
 
 // Gradients of lower' = centre - half and upper' = centre + half from those of centre and half.
-template <bool kBoxOut, typename T>
+template <bool kBoxBehind, typename T>
 LOCALLIP_INLINE Bounds<T> grad_at(const GradRow<T>& grad, int64_t i) {
-  if (!kBoxOut) return {grad.clean[i], T(0), T(0)};
+  if (!kBoxBehind) return {grad.clean[i], T(0), T(0)};
   return {grad.clean[i], (grad.centre[i] - grad.half_width[i]) / 2, (grad.centre[i] + grad.half_width[i]) / 2};
 }
 
@@ -115,7 +115,7 @@ LOCALLIP_INLINE T store_grad(const InputRow<T>& in, const GradRow<T>& grad, int6
   return g.radius;
 }
 
-template <Activation kActivation, bool kBox, bool kBoxOut, typename T>
+template <Activation kActivation, bool kBox, bool kBoxBehind, typename T>
 LOCALLIP_INLINE void backward_at(const InputRow<T>& in, const GradRow<T>& grad, int64_t i, T* radius_grad) {
   constexpr bool kClipped = kActivation == Activation::kClippedMaxMin;
   const Bounds<T> a = bounds_at<kBox>(in, i);
@@ -124,21 +124,21 @@ LOCALLIP_INLINE void backward_at(const InputRow<T>& in, const GradRow<T>& grad, 
     const int64_t j = i + in.inner;
     Bounds<T> grad_a, grad_b;
     pair_backward<kClipped, T>(a, bounds_at<kBox>(in, j), kClipped ? in.first[i] : T(0), kClipped ? in.second[i] : T(0),
-                               grad_at<kBoxOut>(grad, i), grad_at<kBoxOut>(grad, j), grad.slack0, grad_a, grad_b,
+                               grad_at<kBoxBehind>(grad, i), grad_at<kBoxBehind>(grad, j), grad.slack0, grad_a, grad_b,
                                thresholds);
     *radius_grad = store_grad<kBox>(in, grad, i, grad_a) + store_grad<kBox>(in, grad, j, grad_b);
   } else {
     const T slack[2] = {grad.slack0, grad.slack1};
     const Bounds<T> grad_a =
         unit_backward<kActivation, T>(a, kActivation == Activation::kClippedRelu ? in.first[i] : T(0),
-                                      grad_at<kBoxOut>(grad, i), slack, thresholds.first);
+                                      grad_at<kBoxBehind>(grad, i), slack, thresholds.first);
     *radius_grad = store_grad<kBox>(in, grad, i, grad_a);
   }
   if (kClipped || kActivation == Activation::kClippedRelu) grad.to_first[i] += thresholds.first;
   if (kClipped) grad.to_second[i] += thresholds.second;
 }
 
-template <Activation kActivation, bool kBox, bool kBoxOut, typename T>
+template <Activation kActivation, bool kBox, bool kBoxBehind, typename T>
 LOCALLIP_MULTIVERSION void forward_row(const InputRow<T>& in_row, const OutputRow<T>& out_row, int64_t n, T* slack) {
   const InputRow<T> in = in_row;
   const OutputRow<T> out = out_row;
@@ -147,13 +147,13 @@ LOCALLIP_MULTIVERSION void forward_row(const InputRow<T>& in_row, const OutputRo
     const int64_t end = begin + kTerms < n ? begin + kTerms : n;
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i)
-      forward_at<kActivation, kBox, kBoxOut>(in, out, i, terms[0] + (i - begin), terms[1] + (i - begin));
+      forward_at<kActivation, kBox, kBoxBehind>(in, out, i, terms[0] + (i - begin), terms[1] + (i - begin));
     slack[0] += sum(terms[0], end - begin);
     slack[1] += sum(terms[1], end - begin);
   }
 }
 
-template <Activation kActivation, bool kBox, bool kBoxOut, typename T>
+template <Activation kActivation, bool kBox, bool kBoxBehind, typename T>
 LOCALLIP_MULTIVERSION void backward_row(const InputRow<T>& in_row, const GradRow<T>& grad_row, int64_t first,
                                         int64_t last, T* radius_grad) {
   const InputRow<T> in = in_row;
@@ -162,7 +162,7 @@ LOCALLIP_MULTIVERSION void backward_row(const InputRow<T>& in_row, const GradRow
   for (int64_t begin = first; begin < last; begin += kTerms) {
     const int64_t end = begin + kTerms < last ? begin + kTerms : last;
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) backward_at<kActivation, kBox, kBoxOut>(in, grad, i, terms + (i - begin));
+    for (int64_t i = begin; i < end; ++i) backward_at<kActivation, kBox, kBoxBehind>(in, grad, i, terms + (i - begin));
     *radius_grad += sum(terms, end - begin);
   }
 }
@@ -179,7 +179,7 @@ LOCALLIP_MULTIVERSION int64_t to_bytes(const T* mask, uint8_t* out, int64_t n) {
   return count;
 }
 
-template <Activation kActivation, bool kBox, bool kBoxOut, typename T>
+template <Activation kActivation, bool kBox, bool kBoxBehind, typename T>
 void run_forward(const ActivationInput<T>& in, const ActivationOutput<T>& out) {
   const int64_t width = is_paired(kActivation) ? 2 * in.inner : in.inner, units = in.outer * width;
   at::parallel_for(0, in.batch, 1, [&](int64_t begin, int64_t end) {
@@ -190,7 +190,7 @@ void run_forward(const ActivationInput<T>& in, const ActivationOutput<T>& out) {
         const int64_t in_sample = o * width, at = b * units + in_sample;
         const OutputRow<T> to = {out.clean + at, out.centre + at, out.half_width + at, masks.data() + in_sample,
                                  masks.data() + units + in_sample};
-        forward_row<kActivation, kBox, kBoxOut>(InputRow<T>(in, b, o, is_paired(kActivation)), to, in.inner, slack);
+        forward_row<kActivation, kBox, kBoxBehind>(InputRow<T>(in, b, o, is_paired(kActivation)), to, in.inner, slack);
       }
       T* sums = out.sums + 4 * b;
       sums[0] = slack[0];
@@ -201,7 +201,7 @@ void run_forward(const ActivationInput<T>& in, const ActivationOutput<T>& out) {
   });
 }
 
-template <Activation kActivation, bool kBox, bool kBoxOut, typename T>
+template <Activation kActivation, bool kBox, bool kBoxBehind, typename T>
 void run_backward(const ActivationInput<T>& in, const ActivationOutputGrad<T>& grad,
                   const ActivationInputGrad<T>& out) {
   const int64_t width = is_paired(kActivation) ? 2 * in.inner : in.inner;
@@ -229,8 +229,8 @@ void run_backward(const ActivationInput<T>& in, const ActivationOutputGrad<T>& g
               std::fill_n(row.to_squared + rows.inner_begin + k, count, T(0));
           if (b == 0 && out.first) std::fill_n(row.to_first + rows.inner_begin, count, T(0));
           if (b == 0 && out.second) std::fill_n(row.to_second + rows.inner_begin, count, T(0));
-          backward_row<kActivation, kBox, kBoxOut>(InputRow<T>(in, b, o, is_paired(kActivation)), row, rows.inner_begin,
-                                                   rows.inner_end, &radius_grad);
+          backward_row<kActivation, kBox, kBoxBehind>(InputRow<T>(in, b, o, is_paired(kActivation)), row,
+                                                      rows.inner_begin, rows.inner_end, &radius_grad);
         }
         out.radius[chunk * in.batch + b] = radius_grad;
       }

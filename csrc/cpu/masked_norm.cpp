@@ -113,7 +113,14 @@ LOCALLIP_MULTIVERSION void narrow(c10::BFloat16* out, const float* x, int64_t n)
   }
 }
 
-// out = (x - part * y) * factor, with y null for none
+// Whether a number above 0 keeps its digits as a scalar_t.
+template <typename scalar_t>
+LOCALLIP_INLINE bool is_normal(double x) {
+  return x >= static_cast<double>(std::numeric_limits<scalar_t>::min()) &&
+         x <= static_cast<double>(std::numeric_limits<scalar_t>::max());
+}
+
+// out = (x - part * y) * factor, with y null for none; with y, for a factor that is_normal
 template <typename scalar_t>
 LOCALLIP_MULTIVERSION void scale(scalar_t* out, const scalar_t* x, double factor, int64_t n, scalar_t part = 0,
                                  const scalar_t* y = nullptr) {
@@ -121,10 +128,10 @@ LOCALLIP_MULTIVERSION void scale(scalar_t* out, const scalar_t* x, double factor
   if (y) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - part * y[i]) * own;
-  } else if (own <= std::numeric_limits<scalar_t>::max()) {
+  } else if (is_normal<scalar_t>(factor)) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = x[i] * own;
-  } else {  // of a denormal length
+  } else {  // of a length near either end of the range
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(x[i] * factor);
   }
@@ -178,7 +185,7 @@ bool extend_by_last(const vector_t* x, const uint8_t* mask, const scalar_t* last
       before += square_of(block, m);
   }
   const double after = before - own * own, factor = 1 / std::sqrt(after);
-  if (!(after >= kReorthogonalise * before) || !(factor <= std::numeric_limits<scalar_t>::max())) return false;
+  if (!(after >= kReorthogonalise * before) || !is_normal<scalar_t>(factor)) return false;
   for (int64_t at = 0; at < n; at += kBlock) {
     const int64_t m = std::min(kBlock, n - at);
     load(block, x + at, mask ? mask + at : nullptr, m);
@@ -285,10 +292,11 @@ void extend_basis(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int co
   extend<scalar_t, scalar_t>(basis, vector, mask, count, batch, length, breakdown, twice, seed, projected, nullptr);
 }
 
-void extend_basis_in_bfloat16(float* basis, const c10::BFloat16* vector, const uint8_t* mask, int count, int64_t batch,
+void extend_basis_in_bfloat16(float* basis, const uint16_t* vector, const uint8_t* mask, int count, int64_t batch,
                               int64_t length, Breakdown breakdown, bool twice, uint32_t seed, double* projected,
-                              c10::BFloat16* copy) {
-  extend(basis, vector, mask, count, batch, length, breakdown, twice, seed, projected, copy);
+                              uint16_t* copy) {
+  extend(basis, reinterpret_cast<const c10::BFloat16*>(vector), mask, count, batch, length, breakdown, twice, seed,
+         projected, reinterpret_cast<c10::BFloat16*>(copy));
 }
 
 template <typename scalar_t>

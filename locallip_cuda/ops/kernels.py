@@ -63,8 +63,8 @@ def masked_norm(
 
     ``input_shape`` is (B, n) or (B, Cin, H, W); masks are bool of the full shapes, or None for all True; ``start`` is
     None or of ``input_shape``, or with a batch of one. Under autocast to bfloat16 a CPU that has instructions for it
-    finds the singular vectors in bfloat16, by which they are off by about 2e-3, and their values by a product in full.
-    See :func:`locallip_cuda.masked_norm`.
+    finds the right vectors in bfloat16; one product of theirs in float32 then gives values and left vectors. See
+    :func:`locallip_cuda.masked_norm`.
     """
     result: tuple[Tensor, Tensor, Tensor] = _ops.masked_norm(
         weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations, _narrowed(weight)
@@ -116,7 +116,7 @@ def activation_pattern(
     activation: str,
     first: Tensor | None,
     second: Tensor | None,
-    box: bool = True,
+    box_behind: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer's bounds in; masks, post-activation box, sparsity terms and counts out, in one pass.
 
@@ -131,7 +131,7 @@ def activation_pattern(
         radius: (B,) of the ball at the layer's input.
         activation: "identity", "relu", "clipped_relu", "maxmin" or "clipped_maxmin".
         first, second: (1, *shape) threshold of clipped_relu; upper and lower of clipped_maxmin, half the channels.
-        box: whether the box behind the activation is wanted.
+        box_behind: whether the box behind the activation is wanted.
 
     Returns:
         values (2B, *shape): clean outputs, then the centres of their box; half_width (B, *shape); without a box
@@ -142,7 +142,7 @@ def activation_pattern(
         Differentiable in all floating-point inputs; where box and ball tie, the gradient goes to the ball.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _ops.activation_pattern(
-        values, half_width, squared_row_norms, radius, activation, first, second, box
+        values, half_width, squared_row_norms, radius, activation, first, second, box_behind
     )
     return result
 
@@ -234,7 +234,9 @@ def _(grad, weight, right, left, stride, padding, dilation, groups):  # type: ig
 
 
 @torch.library.register_fake("locallip_cuda::chain_norm")
-def _(weights, masks, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, *_iterations):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    weights, masks, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations, bfloat16
+):
     shape = list(input_shape)
     for k, weight in enumerate(weights):
         own = (numbers[2 * k : 2 * k + 2] for numbers in (stride, padding, dilation))
@@ -251,17 +253,17 @@ def _(grad, weights, masks, right, left, stride, padding, dilation, groups):  # 
 
 
 @torch.library.register_fake("locallip_cuda::activation_pattern")
-def _(values, half_width, squared_row_norms, radius, activation, first, second, box):  # type: ignore[no-untyped-def]
+def _(values, half_width, squared_row_norms, radius, activation, first, second, box_behind):  # type: ignore[no-untyped-def]
     shape = [radius.shape[0], *values.shape[1:]]
     mask = [_laid_out(values, shape, torch.bool) for _ in range(2)]
-    out = _laid_out(values, [(1 + box) * shape[0], *shape[1:]])
-    wide = _laid_out(values, shape) if box else values.new_empty(0)
+    out = _laid_out(values, [(1 + box_behind) * shape[0], *shape[1:]])
+    wide = _laid_out(values, shape) if box_behind else values.new_empty(0)
     slack, varying = values.new_empty(shape[0], 2), values.new_empty(shape[0], 2, dtype=torch.int64)
     return out, wide, *mask, slack, varying
 
 
 @torch.library.register_fake("locallip_cuda::activation_pattern_backward")
-def _(grad_values, grad_half_width, grad_slack, values, half_width, norms, radius, activation, first, second, box):  # type: ignore[no-untyped-def]
+def _(grad_values, grad_half_width, grad_slack, values, half_width, norms, radius, kind, first, second, box_behind):  # type: ignore[no-untyped-def]
     def like(t: Tensor | None) -> Tensor:
         return values.new_empty(0) if t is None else _laid_out(t, t.shape)
 
@@ -326,9 +328,9 @@ def _chain_norm_backward(ctx: Any, grad: Tensor, _right: Tensor, _left: Tensor) 
 
 
 def _activation_pattern_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, half_width, norms, radius, activation, first, second, box = inputs
+    values, half_width, norms, radius, activation, first, second, box_behind = inputs
     ctx.save_for_backward(values, half_width, norms, radius, first, second)
-    ctx.activation, ctx.box = activation, box
+    ctx.activation, ctx.box_behind = activation, box_behind
     ctx.mark_non_differentiable(output[2], output[3], output[5])
 
 
@@ -336,7 +338,7 @@ def _activation_pattern_backward(
     ctx: Any, grad_values: Tensor, grad_half_width: Tensor, _row: Any, _col: Any, grad_slack: Tensor, _varying: Any
 ) -> tuple[Tensor | None, ...]:
     values, half_width, norms, radius, first, second = ctx.saved_tensors
-    bounds = (values, half_width, norms, radius, ctx.activation, first, second, ctx.box)
+    bounds = (values, half_width, norms, radius, ctx.activation, first, second, ctx.box_behind)
     grads = _ops.activation_pattern_backward(grad_values, grad_half_width, grad_slack, *bounds)
     to_values, to_half_width, to_norms, to_radius, to_first, to_second = grads
     return (

@@ -188,7 +188,7 @@ def activation_pattern(
     activation: str,
     first: Tensor | None,
     second: Tensor | None,
-    box: bool = True,
+    box_behind: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Bounds in; masks, box, sparsity terms and counts out, as :func:`locallip_cuda.ops.activation_pattern`."""
     batch = radius.shape[0]
@@ -245,7 +245,7 @@ def activation_pattern(
         )
     out, low, high = outputs
     varying = torch.stack([mask.flatten(1).sum(1) for mask in (row_mask, col_mask)], 1)
-    values, wide = (torch.cat([out, (low + high) / 2]), (high - low) / 2) if box else (out, out.new_empty(0))
+    values, wide = (torch.cat([out, (low + high) / 2]), (high - low) / 2) if box_behind else (out, out.new_empty(0))
     return values, wide, row_mask, col_mask, slack, varying
 
 

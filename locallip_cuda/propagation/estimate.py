@@ -69,13 +69,13 @@ class Estimate(Pass[Fact]):
         self.boxed_behind: set[Layer] = set()  # layers whose box a later one takes, or the margin
 
     def run(self, graph: Graph, x: Tensor, eps: Tensor) -> list[Fact]:
-        taken = {term.source for term in graph.head.terms}
-        for fact, step in reversed(list(enumerate(graph.steps, 1))):
+        taken = {term.source for term in graph.head.terms}  # numbers of facts; the input is 0
+        for number, step in reversed(list(enumerate(graph.steps, 1))):
             if isinstance(step, Layer):
                 taken.update(term.source for term in step.terms if all(map(self.boxed, step.terms)))
-            elif fact in taken:
+            elif number in taken:
                 taken.update([step.source] if isinstance(step, View) else step.sources)
-        self.boxed_behind = {s for fact, s in enumerate(graph.steps, 1) if isinstance(s, Layer) and fact in taken}
+        self.boxed_behind = {s for number, s in enumerate(graph.steps, 1) if isinstance(s, Layer) and number in taken}
         return super().run(graph, x, eps)
 
     def makes_box(self, layer: Layer) -> bool:

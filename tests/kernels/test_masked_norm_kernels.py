@@ -222,7 +222,7 @@ def test_dense_by_vectors_in_bfloat16(device: str, shape: tuple[int, int], kind:
 
 
 @pytest.mark.usefixtures("autocast")
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30, 1e37])
 def test_by_vectors_in_bfloat16_far_from_one(device: str, scale: float) -> None:
     weight = torch.randn(6, 4, 3, 3, generator=generator(0)) * scale
     rows, columns = masks("random", 2, [6, 5, 5], [4, 5, 5])
