@@ -1,7 +1,7 @@
 // Activation patterns: every array is read or written once, by accesses of 16 bytes where the layout allows it, and the
 // arithmetic of ../activation_pattern.h is small beside that: 30 bytes a unit forward (clean, centre, half-width and
-// row norm in; clean, centre, half-width and two masks out), 44 backward, some 40 and 100 FLOP; 22 and 36 bytes where no
-// box is wanted behind. Device memory is the limit.
+// row norm in; clean, centre, half-width and two masks out), 44 backward, some 40 and 100 FLOP; 22 and 36 bytes where
+// no box is wanted behind. Device memory is the limit.
 //
 // Forward: a thread takes kUnits neighbouring units (or MaxMin pairs) of one sample; a block kThreads * kUnits of them,
 // and leaves their sparsity terms and counts as one partial sum.
