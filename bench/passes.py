@@ -1,6 +1,6 @@
 """What a training step on a CPU spends its time on, by layer and phase, beside a plain step.
 
-    OMP_NUM_THREADS=1 python -m bench.passes cifar10-6c2f
+    OMP_NUM_THREADS=1 python -m bench.passes cifar10-6c2f [--bfloat16]
 
 The steps are those of `bench_closeness`, at the training radius, on a network trained against its own norms. Printed is
 processor time in milliseconds, of every op the least of some steps, which other processes disturb little. `values` are
@@ -108,8 +108,11 @@ def _until(ops: Sequence[Op], name: str) -> Sequence[Op]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Processor time of a training step by layer and phase.")
     parser.add_argument("network", choices=sorted(networks.RECIPES))
-    name = parser.parse_args().network
-    ours = bench_closeness.variant(Setting(torch.device("cpu")), name, kept=True).call
+    parser.add_argument("--bfloat16", action="store_true", help="ours under autocast to bfloat16")
+    arguments = parser.parse_args()
+    name = arguments.network
+    setting = Setting(torch.device("cpu"))
+    ours = bench_closeness.variant(setting, name, kept=True, bfloat16=arguments.bfloat16).call
     model, norms = networks.trained_against(name, kept=True, device=torch.device("cpu"))
     x, y = step.batch_of(name, networks.RECIPES[name].batch)
     plain = step.step(model, step.adam(model), networks.RECIPES[name], "plain", x, y)

@@ -170,10 +170,10 @@ double orthogonalise(scalar_t* x, const scalar_t* basis, int64_t slot_stride, in
 }
 
 // out = unit(mask * x - its part in the unit vector `last`, if there is one), with that part and the length, in two
-// sweeps, as the squares of both say what is left. False, with nothing written, where digits would be lost.
+// sweeps, as the squares of both say what is left. False, with no vector written, where digits would be lost.
 template <typename scalar_t, typename vector_t>
 bool extend_by_last(const vector_t* x, const uint8_t* mask, const scalar_t* last, int64_t n, scalar_t* out,
-                    double* part, double* norm) {
+                    double* part, double* square, double* norm) {
   scalar_t block[kBlock];
   double before = 0, own = 0;
   for (int64_t at = 0; at < n; at += kBlock) {
@@ -184,6 +184,8 @@ bool extend_by_last(const vector_t* x, const uint8_t* mask, const scalar_t* last
     else
       before += square_of(block, m);
   }
+  if (last) *part = own;
+  *square = before;
   const double after = before - own * own, factor = 1 / std::sqrt(after);
   if (!(after >= kReorthogonalise * before) || !is_normal<scalar_t>(factor)) return false;
   for (int64_t at = 0; at < n; at += kBlock) {
@@ -192,7 +194,6 @@ bool extend_by_last(const vector_t* x, const uint8_t* mask, const scalar_t* last
     scale(out + at, block, factor, m, static_cast<scalar_t>(own), last ? last + at : nullptr);
   }
   *norm = std::sqrt(after);
-  if (last) *part = own;
   return true;
 }
 
@@ -208,17 +209,22 @@ void extend(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int co
       const scalar_t *own = basis + b * length, *last = count ? own + (count - 1) * slot_stride : nullptr;
       const uint8_t* own_mask = mask ? mask + b * length : nullptr;
       scalar_t* x = basis + count * slot_stride + b * length;
-      double coefficients[kWindow] = {}, norm = 0;
-      if (twice || count - first > 1 ||
-          !extend_by_last(given, own_mask, last, length, x, coefficients + first, &norm)) {
+      double coefficients[kWindow] = {}, before = 0, norm = 0;
+      const bool by_last = !twice && count - first <= 1;
+      if (!by_last || !extend_by_last(given, own_mask, last, length, x, coefficients + first, &before, &norm)) {
         load(x, given, own_mask, length);
         double after = 0;
         const auto go = [&] {
           return orthogonalise(x, own + first * slot_stride, slot_stride, count - first, length, coefficients + first,
                                &after);
         };
-        const double before = go();
-        if (twice || after < kReorthogonalise * before) go();
+        if (by_last && last) {  // its part is known
+          subtract(x, last, static_cast<scalar_t>(coefficients[first]), length);
+          go();
+        } else {
+          before = go();
+          if (twice || after < kReorthogonalise * before) go();
+        }
         norm = std::sqrt(after);
         if (norm <= noise * std::sqrt(before)) {
           norm = 0;

@@ -21,7 +21,7 @@ from ..propagation.graph import lowered, traced
 from ..propagation.proof import check_provable
 from .data import Dataset
 from .journal import Journal
-from .progress import Pace, Progress, duration
+from .progress import Pace, Progress
 from .witness import Recorder
 
 # The curve of certified accuracy is sampled at these multiples of the radius.
@@ -392,8 +392,7 @@ def measure(
     )
 
     def now() -> tuple[str, str]:
-        seconds = pace.seconds_for(count - done)
-        return f"{done}/{count} samples", examine.stage + ("" if seconds is None else f", {duration(seconds)} left")
+        return f"{done}/{count} samples", examine.stage + pace.left(count - done)
 
     def count_up(more: int = 0) -> None:
         nonlocal done

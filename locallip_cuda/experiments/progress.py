@@ -49,6 +49,11 @@ class Pace:
         (first, before), (last, done) = self._marks[0], self._marks[-1]
         return (last - first) / (done - before) * more if done > before else None
 
+    def left(self, more: int) -> str:
+        """The time that ``more`` take, to stand behind something; nothing before anything was done."""
+        seconds = self.seconds_for(more)
+        return "" if seconds is None else f", {duration(seconds)} left"
+
 
 class Progress:
     """What a run shows of its progress, as a context manager: on a terminal a bar with a text, elsewhere lines.
@@ -129,8 +134,7 @@ def counting(what: str, samples: int, *, silent: bool) -> Iterator[Callable[[int
     done, pace = 0, Pace(time.perf_counter(), 0)
 
     def now() -> tuple[str, str]:
-        seconds = pace.seconds_for(samples - done)
-        return f"{done}/{samples} samples", what + ("" if seconds is None else f", {duration(seconds)} left")
+        return f"{done}/{samples} samples", what + pace.left(samples - done)
 
     with Progress(samples, 0, silent=silent) as progress, progress.showing(now):
 

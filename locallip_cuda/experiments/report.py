@@ -19,6 +19,7 @@ from ..build_info import build_info
 from .checkpoint import write_atomically
 from .data import Dataset
 from .evaluation import Certified, Measurement
+from .recipes import Recipe
 
 CAVEAT = {
     "estimate": (
@@ -153,6 +154,15 @@ def checksum(dataset: Dataset) -> str:
     """CRC-32 over images and labels, in hexadecimal: tells one copy of a data set from another."""
     labels = dataset.labels.cpu().numpy().tobytes()
     return f"{zlib.crc32(labels, zlib.crc32(dataset.images.cpu().contiguous().numpy().data)):08x}"
+
+
+def subject(path: Path, config: dict[str, Any], stored: Recipe, name: str, dataset: Dataset) -> dict[str, Any]:
+    """What a file is of: the checkpoint at ``path``, its recipe, and the test data called ``name``."""
+    return {
+        "checkpoint": {"path": str(path), "sha256": digest(path), "epoch": config["position"]["epoch"]},
+        "recipe": stored.to_dict(),
+        "data": {"name": name, "split": "test", "crc32": checksum(dataset)},
+    }
 
 
 def write_json(path: Path, measurement: Measurement, context: dict[str, Any]) -> None:

@@ -20,7 +20,19 @@ from ..journal import Journal
 from ..network import load_model
 from ..objective import set_precision
 from ..recipes import OF_DATA, RADII
-from .options import NO_PLOT, add_data_option, add_device_option, add_model_option, check_data, choose_device, number
+from .options import (
+    NO_PLOT,
+    add_attack_steps_option,
+    add_batch_size_option,
+    add_data_option,
+    add_device_option,
+    add_eps_option,
+    add_limit_option,
+    add_model_option,
+    check_data,
+    choose_device,
+    number,
+)
 
 
 class RefutedError(Exception):
@@ -42,10 +54,8 @@ def add(commands: Any) -> None:
     certifier.add_argument("--dataset", choices=OF_DATA, help="what an ONNX file is measured on")
     add_data_option(certifier)
     certifier.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
-    certifier.add_argument(
-        "--eps", type=number, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)"
-    )
-    certifier.add_argument("--limit", type=int, metavar="N", help="only the first N test samples (default: all)")
+    add_eps_option(certifier)
+    add_limit_option(certifier)
     certifier.add_argument(
         "--guarantee",
         nargs="+",
@@ -92,10 +102,8 @@ def add(commands: Any) -> None:
     certifier.add_argument(
         "--iterations", type=int, default=50, metavar="N", help="steps for the estimated norms (default: 50)"
     )
-    certifier.add_argument(
-        "--attack-steps", type=int, default=100, metavar="N", help="steps of the attack, each eps / 4 (default: 100)"
-    )
-    certifier.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
+    add_attack_steps_option(certifier)
+    add_batch_size_option(certifier)
     certifier.add_argument(
         "--seed",
         type=int,
@@ -150,9 +158,7 @@ def _measured(arguments: argparse.Namespace, command: Sequence[str], workers: Wo
     out: Path = arguments.out or path.parent
     checkpoint.make_folder(out)
     context: dict[str, Any] = {
-        "checkpoint": {"path": str(path), "sha256": report.digest(path), "epoch": config["position"]["epoch"]},
-        "recipe": stored.to_dict(),
-        "data": {"name": name, "split": "test", "crc32": report.checksum(dataset)},
+        **report.subject(path, config, stored, name, dataset),
         "settings": {
             "eps": eps,
             "bound": arguments.bound,

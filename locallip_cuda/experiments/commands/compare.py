@@ -16,7 +16,16 @@ from ...norms.masked_norm import GUARANTEES
 from .. import checkpoint, comparison, comparison_report
 from ..objective import PRECISIONS
 from ..recipes import PRESETS, Recipe, recipe
-from .options import NO_PLOT, add_data_option, add_device_option, add_recipe_options, check_data, choose_device
+from .options import (
+    NO_PLOT,
+    add_attack_steps_option,
+    add_data_option,
+    add_device_option,
+    add_limit_option,
+    add_recipe_options,
+    check_data,
+    choose_device,
+)
 
 
 def add(commands: Any) -> None:
@@ -59,10 +68,8 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="what to certify under: estimate, probabilistic or deterministic (default: probabilistic)",
     )
-    comparer.add_argument("--limit", type=int, metavar="N", help="only the first N test samples (default: all)")
-    comparer.add_argument(
-        "--attack-steps", type=int, default=100, metavar="N", help="steps of the attack, each eps / 4 (default: 100)"
-    )
+    add_limit_option(comparer)
+    add_attack_steps_option(comparer)
     add_recipe_options(comparer, without=comparison.DECIDED)
     comparer.set_defaults(run=run)
 

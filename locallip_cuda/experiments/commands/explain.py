@@ -10,7 +10,17 @@ from typing import Any
 from .. import checkpoint, data, explanation, explanation_report, models, report
 from ..network import build_model, load_model
 from ..objective import set_precision
-from .options import NO_PLOT, add_data_option, add_device_option, add_model_option, check_data, choose_device, number
+from .options import (
+    NO_PLOT,
+    add_batch_size_option,
+    add_data_option,
+    add_device_option,
+    add_eps_option,
+    add_limit_option,
+    add_model_option,
+    check_data,
+    choose_device,
+)
 
 
 def add(commands: Any) -> None:
@@ -25,12 +35,8 @@ def add(commands: Any) -> None:
     add_model_option(explainer)
     add_data_option(explainer)
     explainer.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the checkpoint)")
-    explainer.add_argument(
-        "--eps", type=number, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)"
-    )
-    explainer.add_argument(
-        "--limit", type=int, default=256, metavar="N", help="only the first N test samples (default: 256)"
-    )
+    add_eps_option(explainer)
+    add_limit_option(explainer, 256)
     explainer.add_argument(
         "--window",
         type=int,
@@ -38,7 +44,7 @@ def add(commands: Any) -> None:
         help="maps in a row that are composed before a norm is taken, beside the product of norms; 1 for none "
         "(default: the recipe's)",
     )
-    explainer.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
+    add_batch_size_option(explainer)
     add_device_option(explainer)
     explainer.set_defaults(run=run)
 
@@ -73,9 +79,7 @@ def run(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     print(explanation_report.table(found, title))
     context = {
         "command": ["locallip", *command],
-        "checkpoint": {"path": str(path), "sha256": report.digest(path), "epoch": config["position"]["epoch"]},
-        "recipe": stored.to_dict(),
-        "data": {"name": name, "split": "test", "crc32": report.checksum(dataset)},
+        **report.subject(path, config, stored, name, dataset),
         "environment": report.environment(device),
     }
     explanation_report.write_json(out / "explain.json", found, context)

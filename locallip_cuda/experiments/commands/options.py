@@ -109,5 +109,26 @@ def add_data_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets; digits needs none")
 
 
+def add_eps_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eps", type=number, metavar="X", help="l2 radius, images in [0, 1] (default: the recipe's)")
+
+
+def add_limit_option(parser: argparse.ArgumentParser, default: int | None = None) -> None:
+    said = "all" if default is None else default
+    parser.add_argument(
+        "--limit", type=int, default=default, metavar="N", help=f"only the first N test samples (default: {said})"
+    )
+
+
+def add_attack_steps_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--attack-steps", type=int, default=100, metavar="N", help="steps of the attack, each eps / 4 (default: 100)"
+    )
+
+
+def add_batch_size_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one)")
