@@ -34,13 +34,14 @@ constexpr int64_t kLeast = 1, kLeastInTf32 = 4;
 // The one place that chooses how a GPU computes norms: on chip in one kernel where the layer fits, needs no restart and
 // has iterations enough, else by the streaming path (false). LOCALLIP_STREAMING=1 or 0 decides it, for measuring one
 // against the other.
-bool resident_masked_norm(NormProblem& in, const Operator& op) {
+bool resident_masked_norm(NormProblem& in, const Operator& op, bool bfloat16) {
   const Tensor& weight = op.weight;
 #ifndef LOCALLIP_EMULATED_CUDA
   if (!weight.is_cuda()) return false;
 #endif
   const char* asked = std::getenv("LOCALLIP_STREAMING");
   const std::string streaming = asked ? asked : "";
+  const auto precision = bfloat16 ? Precision::kBfloat16 : tf32_is_wanted() ? Precision::kTf32 : Precision::kFloat32;
   const int64_t least = weight.dim() == 2 ? 0 : tf32_is_wanted() ? kLeastInTf32 : kLeast;
   if (streaming == "1" || (streaming != "0" && in.iterations < least)) return false;
   if (in.iterations + 1 > kWindow) return false;
@@ -77,10 +78,12 @@ bool resident_masked_norm(NormProblem& in, const Operator& op) {
                                         size(in.output_shape, 1), size(in.output_shape, 2), size(in.output_shape, 3),
                                         size(weight.sizes(), 2),  size(weight.sizes(), 3),  size(op.stride, 0),
                                         size(op.stride, 1),       size(op.padding, 0),      size(op.padding, 1)};
-  if (!cuda::convolution_fits(geometry, in.batch)) return false;
-  const Tensor packed = at::empty({cuda::packed_weight_floats(geometry)}, in.options()),
-               exponent = at::empty({1}, in.options().dtype(at::kInt)), right = slots(iterations, in.columns),
-               left = slots(iterations, in.rows);
+  if (!cuda::convolution_fits(geometry, precision, in.batch)) return false;
+  const auto [packed_words, right_words, left_words] =
+      cuda::convolution_scratch(geometry, precision, in.batch, iterations);
+  const auto words = [&](int64_t count) { return at::empty({count}, in.options().dtype(at::kInt)); };
+  const Tensor packed = words(packed_words), right = words(right_words), left = words(left_words), exponent = words(1);
+  const auto bits = [](const Tensor& t) { return reinterpret_cast<uint32_t*>(t.mutable_data_ptr<int>()); };
   const ConvolutionProblem problem = {geometry,
                                       in.batch,
                                       iterations,
@@ -88,18 +91,18 @@ bool resident_masked_norm(NormProblem& in, const Operator& op) {
                                       bytes(in.col_mask),
                                       pointer<float>(in.start),
                                       in.own_start(),
-                                      packed.mutable_data_ptr<float>(),
-                                      right.mutable_data_ptr<float>(),
-                                      left.mutable_data_ptr<float>(),
+                                      bits(packed),
+                                      bits(right),
+                                      bits(left),
                                       in.sigma.mutable_data_ptr<float>(),
                                       in.right.mutable_data_ptr<float>(),
                                       in.left.mutable_data_ptr<float>(),
                                       exponent.mutable_data_ptr<int>()};
-  cuda::masked_norm_convolution(problem, weight.const_data_ptr<float>(), !tf32_is_wanted(), LOCALLIP_CURRENT_STREAM);
+  cuda::masked_norm_convolution(problem, weight.const_data_ptr<float>(), precision, LOCALLIP_CURRENT_STREAM);
   return true;
 }
 #else
-bool resident_masked_norm(NormProblem&, const Operator&) { return false; }
+bool resident_masked_norm(NormProblem&, const Operator&, bool) { return false; }
 #endif
 
 }  // namespace
@@ -118,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_norm(const Tensor& weight, const Optio
   const Operator op{laid_out(weight.detach()), stride.vec(), padding.vec(), dilation.vec(), groups};
   NormProblem in(weight, row_mask, col_mask, start, input_shape, op.output_sizes(input_shape), iterations);
   if (in.batch == 0) return {in.sigma, in.right, in.left};
-  if (!resident_masked_norm(in, op)) stream_norm(in, OneOperator{op}, bfloat16);
+  if (!resident_masked_norm(in, op, bfloat16)) stream_norm(in, OneOperator{op}, bfloat16);
   // a NaN or infinite weight in a masked row or column would otherwise stay unseen
   in.sigma.add_(op.weight.mul(0).sum());
   return {in.sigma, in.right, in.left};

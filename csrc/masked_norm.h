@@ -85,8 +85,11 @@ struct ConvolutionGeometry {
   int kernel_height, kernel_width, stride_height, stride_width, pad_height, pad_width;
 };
 
-// The masked norms of a batch, one sample after another in every array; masks and start may be null.
-// right_slots, left_slots [iterations][sample][units], packed and exponent are scratch.
+// Of a convolution's products on chip, and of the vectors between them; sums are float32 in all.
+enum class Precision { kFloat32, kTf32, kBfloat16 };
+
+// The masked norms of a batch, one sample after another in every array; masks and start may be null. packed,
+// right_slots, left_slots and exponent are scratch.
 struct ConvolutionProblem {
   ConvolutionGeometry geometry;
   int64_t batch;
@@ -94,8 +97,14 @@ struct ConvolutionProblem {
   const uint8_t *row_mask, *col_mask;
   const float* start;
   bool start_per_sample;
-  float *packed, *right_slots, *left_slots, *sigma, *right, *left;
+  uint32_t *packed, *right_slots, *left_slots;
+  float *sigma, *right, *left;
   int* exponent;
+};
+
+// How many words of 32 bits its scratch takes.
+struct ConvolutionScratch {
+  int64_t packed, right_slots, left_slots;
 };
 
 // The same for a weight [rows][columns]; right_slots, left_slots [iterations + 1][sample][columns or rows].
@@ -116,10 +125,11 @@ namespace cuda {
 LOCALLIP_DECLARE_MASKED_NORM(LOCALLIP_COMMA_STREAM)
 
 // Whether one kernel can run all iterations on chip (at most kWindow - 1), and that kernel.
-bool convolution_fits(const ConvolutionGeometry& geometry, int64_t batch);
-int64_t packed_weight_floats(const ConvolutionGeometry& geometry);
-// weight [out][kernel_height][kernel_width][in]; products in float32, or in TF32
-void masked_norm_convolution(const ConvolutionProblem& problem, const float* weight, bool float32, void* stream);
+bool convolution_fits(const ConvolutionGeometry& geometry, Precision precision, int64_t batch);
+ConvolutionScratch convolution_scratch(const ConvolutionGeometry& geometry, Precision precision, int64_t batch,
+                                       int iterations);
+// weight [out][kernel_height][kernel_width][in]
+void masked_norm_convolution(const ConvolutionProblem& problem, const float* weight, Precision precision, void* stream);
 
 template <typename scalar_t>
 bool dense_fits(int64_t rows, int64_t columns);

@@ -21,7 +21,7 @@ FAULTS = {
     "barrier that not all threads reach": "not every thread reaches",
     "shuffle that not all lanes reach": "waits for",
     "missing cluster barrier": "wrong in",
-    "copy between unaligned addresses": "unaligned",
+    "copy between unaligned addresses": "not aligned",
     "store to a block that has not begun": "has not begun",
 }
 

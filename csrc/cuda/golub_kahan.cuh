@@ -8,7 +8,7 @@
 // and cannot raise it. (Past kWindow the streaming path restarts, and orthogonalises fully.)
 #pragma once
 
-#include "small_svd.cuh"
+#include "top_triplet.cuh"
 
 namespace locallip::cuda {
 
@@ -18,11 +18,11 @@ namespace locallip::cuda {
 //                                   number 2 j:     p = unit(A q - coefficient p), p_j of q_j (and p_{j-1} from j = 1)
 //                                   number 2 j + 1: q = unit(A^T p - coefficient q), q_{j+1} of p_j and q_j
 //                                   returns the length before it was made one
-//   void finish(const SmallSvd&, int count)   the singular value and vectors, from `count` of each kind
+//   void finish(int count)          the singular value and vectors, from `count` of each kind
 // `noise` is the relative length below which a vector is rounding: the Krylov space is exhausted, the value exact.
 template <typename Operator>
-__device__ void golub_kahan(Operator& op, int iterations, double noise, SmallSvd& small) {
-  for (int i = threadIdx.x; i < kWindow * kWindow; i += blockDim.x) small.a[i / kWindow][i % kWindow] = 0;
+__device__ void golub_kahan(Operator& op, int iterations, double noise, TopTriplet& small) {
+  for (int i = threadIdx.x; i < kWindow * kWindow; i += blockDim.x) small.matrix[i / kWindow][i % kWindow] = 0;
   int count = 0;
   if (!(op.start() == 0)) {
     double coefficient = 0;
@@ -32,8 +32,8 @@ __device__ void golub_kahan(Operator& op, int iterations, double noise, SmallSvd
       const bool spent = length <= noise * sqrt(length * length + coefficient * coefficient);
       if (number % 2 == 0) {
         if (threadIdx.x == 0) {
-          small.a[step][step] = spent ? 0 : length;
-          if (step > 0) small.a[step - 1][step] = coefficient;
+          small.matrix[step][step] = spent ? 0 : length;
+          if (step > 0) small.matrix[step - 1][step] = coefficient;
         }
         count = step + 1;
         if (step == iterations) break;
@@ -43,9 +43,9 @@ __device__ void golub_kahan(Operator& op, int iterations, double noise, SmallSvd
     }
   }
   __syncthreads();
-  if (threadIdx.x < kWarp) decompose_in_warp(small, count);
+  if (threadIdx.x < kWarp) find_in_warp(small, count);
   __syncthreads();
-  op.finish(small, count);
+  op.finish(count);
 }
 
 }  // namespace locallip::cuda

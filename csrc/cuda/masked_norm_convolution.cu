@@ -1,30 +1,37 @@
 // Resident masked norm of a convolution: all iterations of a sample on chip.
 //
-// A cluster of R blocks (1, 2, 4 or 8) takes one sample, a block of it a band of the rows of q (the input's shape) and
-// of p (the output's). A block runs implicit matrix products on tensor cores: target pixels times (tap, channel) times
-// target channels, for the convolution and for its adjoint; with a stride s the adjoint is s x s such products, one for
-// each residue of the target pixels.
+// A cluster of R blocks (1, 2, 4 or 8) takes one sample after another, a block of it a band of the rows of q (the
+// input's shape) and of p (the output's). A block runs implicit matrix products on tensor cores: target pixels times
+// (tap, channel) times target channels, for the convolution and for its adjoint; with a stride s the adjoint is s x s
+// such products, one for each residue of the target pixels.
 //
-//   registers  the accumulators of a warp's tile, 64 pixels x 32 channels (64 a thread): per 8 taps-and-channels, 16
-//              loads for pixels and 8 for weights feed 16 tensor instructions, what shared memory can deliver beside
-//              them. 16 pixels where the map is too small to give every warp a tile.
+//   registers  the accumulators of a warp's tile, 64 pixels x 32 channels (64 a thread): per 8 words of depth, 16 loads
+//              for pixels and 8 for weights feed 16 tensor instructions, what shared memory can deliver beside them. 16
+//              pixels where the map is too small to give every warp a tile.
 //   shared     q and p, in frames with their zero borders and the neighbours' rows that are read; the masks as bits;
 //              a ring of three pieces of the weights.
 //   global     the weights, rearranged once a call (they are in L2), streamed through the ring by asynchronous
 //              copies; q_j and p_j are written as they come, but for the last ones, and read once at the end, for the
-//              singular vectors.
+//              singular vectors. A cluster writes every sample's to the same place, which so stays in L2.
 //
-// A block writes the rows at its band's edge to its neighbours' frames as well, through distributed shared memory; the
-// cluster's barrier within each vector's norm makes them visible. The vectors stay unnormalised where they lie: a
-// factor is carried beside them.
+// What lies on chip are words of 32 bits: a number, or two neighbouring channels in bfloat16. A tensor instruction
+// takes 8 words of depth of either, from the same lanes, so that all but the conversions and the instruction itself is
+// one.
+//
+// A block sends the rows at its band's edge to its neighbours' frames, through distributed shared memory; the cluster's
+// barrier within each vector's norm makes them visible. The vectors stay unnormalised where they lie: a factor is
+// carried beside them.
 //
 // 32x32x32 maps, 3 x 3: 18.9 MFLOP an application and 256 KiB of vectors; 4 iterations (9 applications) of 256 samples
-// are 43 GFLOP. Products in tf32 take one tensor instruction, of operands that were rounded when they were stored; in
-// float32 three, of the upper and lower parts of the operands, which leaves errors near 2^-21, and because tensor cores
-// round sums toward zero norms some 2e-6 too small. Device memory: 8 vectors of 128 KiB a sample written and read.
-#include <limits.h>
-
+// are 43 GFLOP. Products in bfloat16 and TF32 take one tensor instruction (of twice the depth in bfloat16), of operands
+// that were rounded when they were stored; in float32 three, of the upper and lower parts of the operands, which leaves
+// errors near 2^-21. Tensor cores round sums toward zero: in float32 they sum 8 deep alone, and the rest is added to
+// the nearest, which leaves norms right to 1e-6. Device memory: the masks, the start and the singular vectors.
 #include "../masked_norm.h"
+
+#include <algorithm>
+#include <type_traits>
+
 #include "golub_kahan.cuh"
 #include "launch.cuh"
 
@@ -32,15 +39,53 @@ namespace locallip::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kPiece = 32;    // taps-and-channels of a piece of the weights
+constexpr int kPiece = 32;    // words of depth, taps-and-channels, of a piece of the weights
 constexpr int kRing = 3;      // pieces on chip: one in use, one complete or nearly, one under way
-constexpr int kTogether = 8;  // units, or words of masks, that a thread takes at once, their loads in flight together
+constexpr int kTogether = 8;  // pairs of channels, or words of masks, that a thread takes at once, their loads in
+                              // flight together
+constexpr int kSlots = 2;     // stored vectors whose loads are in flight together
 constexpr uint32_t kLowerBits = 0x1FFF;  // of a float32, that tf32 has not
 constexpr int kMaxStride = 4;
 constexpr int kMaxPasses = 1 + kMaxStride * kMaxStride;
 constexpr int kMaxCluster = 8;
 
-using Geometry = ConvolutionGeometry;
+// A sum of squares in float32 within these lost nothing to underflow or overflow.
+constexpr double kLeastSquare = 1e-20, kMostSquare = 1e30;
+
+// Pixels of a warp's tile, over 16; in float32 a third of the operands' loads feeds as many tensor instructions, and
+// their parts take the registers.
+__host__ __device__ constexpr int wide_tile(Precision precision) { return precision == Precision::kFloat32 ? 2 : 4; }
+
+// `in` and `out`: how many words of depth a pixel of the input and of the output is.
+struct Geometry : ConvolutionGeometry {
+  int in, out, wide_pixels;
+  bool narrow;
+  __host__ __device__ Geometry(const ConvolutionGeometry& g, Precision precision)
+      : ConvolutionGeometry(g), wide_pixels(16 * wide_tile(precision)), narrow(precision == Precision::kBfloat16) {
+    in = narrow ? (in_channels + 1) / 2 : in_channels;
+    out = narrow ? (out_channels + 1) / 2 : out_channels;
+  }
+};
+
+// Two neighbouring channels as they lie on chip and in the slots, for threads that see no more of them.
+template <Precision kPrecision>
+struct Pair {
+  uint2 words;
+  __device__ static Pair rounded(float x, float y) {
+    if constexpr (kPrecision == Precision::kTf32) return {{to_tf32(x), to_tf32(y)}};
+    return {{as_bits(x), as_bits(y)}};
+  }
+  __device__ float2 values() const { return {as_float(words.x), as_float(words.y)}; }
+};
+
+template <>
+struct Pair<Precision::kBfloat16> {
+  uint32_t word;
+  __device__ static Pair rounded(float x, float y) { return {to_bfloat16(x, y)}; }
+  __device__ float2 values() const { return {as_float(word << 16), as_float(word & 0xFFFF0000u)}; }
+};
+
+__host__ __device__ int pairs_of(int channels) { return (channels + 1) / 2; }
 
 struct Range {
   int begin, end;
@@ -73,21 +118,30 @@ __host__ __device__ Range read_by_adjoint(Range in, int kernel, int stride, int 
 }
 
 // Where q or p lies in a block's shared memory: rows x cols pixels from (rows.begin, cols.begin) of the map, `pitch`
-// floats from a pixel to the next.
+// words from a pixel to the next.
 struct Frame {
   Range rows, cols;
   int pitch;
-  __host__ __device__ int floats() const { return rows.size() * cols.size() * pitch; }
+  __host__ __device__ int words() const { return rows.size() * cols.size() * pitch; }
   __host__ __device__ int at(int row, int col) const {
     return ((row - rows.begin) * cols.size() + col - cols.begin) * pitch;
   }
 };
 
-// Eight neighbouring pixels that are read `stride` apart fall on distinct groups of 4 banks, if any pitch does that.
-__host__ __device__ int pitch_for(int channels, int stride) {
-  for (int pitch = channels; pitch < channels + 8; ++pitch)
-    if (pitch * stride % 8 == 4) return pitch;
-  return channels;
+// Where a tensor instruction's words lie next to each other, pixels begin at multiples of 4 words and neighbours fall
+// on distinct groups of 4 banks. Else eight neighbours that are read `stride` apart do, if any pitch does that which
+// leaves pairs of channels where one access takes them.
+__host__ __device__ int pitch_for(int words, int stride) {
+  if (words % 8 == 0) return words + 4;
+  for (int pitch = words; pitch < words + 8; ++pitch)
+    if (pitch % 2 == 0 && pitch * stride % 8 == 4) return pitch;
+  return (words + 1) / 2 * 2;
+}
+
+// Words of a stored vector: pixels of pairs.
+__host__ __device__ int slot_words(const Geometry& g, bool left) {
+  return left ? g.out_height * g.out_width * pairs_of(g.out_channels) * (g.narrow ? 1 : 2)
+              : g.in_height * g.in_width * pairs_of(g.in_channels) * (g.narrow ? 1 : 2);
 }
 
 __host__ __device__ Frame right_frame(const Geometry& g, int rank, int ranks) {
@@ -96,7 +150,7 @@ __host__ __device__ Frame right_frame(const Geometry& g, int rank, int ranks) {
   if (out.size() > 0) rows = hull(own, read_by_forward(out, g.kernel_height, g.stride_height, g.pad_height));
   const Range cols =
       hull({0, g.in_width}, read_by_forward({0, g.out_width}, g.kernel_width, g.stride_width, g.pad_width));
-  return {rows, cols, pitch_for(g.in_channels, g.stride_width)};
+  return {rows, cols, pitch_for(g.in, g.stride_width)};
 }
 
 __host__ __device__ Frame left_frame(const Geometry& g, int rank, int ranks) {
@@ -105,7 +159,7 @@ __host__ __device__ Frame left_frame(const Geometry& g, int rank, int ranks) {
   if (in.size() > 0) rows = hull(own, read_by_adjoint(in, g.kernel_height, g.stride_height, g.pad_height));
   const Range cols =
       hull({0, g.out_width}, read_by_adjoint({0, g.in_width}, g.kernel_width, g.stride_width, g.pad_width));
-  return {rows, cols, pitch_for(g.out_channels, 1)};
+  return {rows, cols, pitch_for(g.out, 1)};
 }
 
 // The taps of one axis that reach target index `residue` modulo the stride in the adjoint: first, first + stride, ...
@@ -118,45 +172,63 @@ __host__ __device__ Taps taps_of(int residue, int kernel, int stride, int pad) {
   return {first, first < kernel ? (kernel - 1 - first) / stride + 1 : 0};
 }
 
-__host__ __device__ int phases_of(const Geometry& g) { return g.stride_height * g.stride_width; }
+__host__ __device__ int phases_of(const ConvolutionGeometry& g) { return g.stride_height * g.stride_width; }
 
 // One matrix product: the convolution (number 0) or one residue of its adjoint (1 + number).
 struct Product {
   bool adjoint;
   Taps rows, cols;  // of the kernel
-  int source_channels, target_channels;
-  __host__ __device__ int depth() const { return rows.count * cols.count * source_channels; }
+  int source_words, target_channels;
+  __host__ __device__ int depth() const { return rows.count * cols.count * source_words; }
   __host__ __device__ int pieces() const { return (depth() + kPiece - 1) / kPiece; }
-  __host__ __device__ int padded_channels() const { return (target_channels + 7) / 8 * 8; }
-  // in floats: the weights, and for each of the kPiece the offset in the source's frame, in bytes
+  // as many as whole tiles of a warp take
+  __host__ __device__ int padded_channels() const {
+    return target_channels <= 8 ? 8 : (target_channels + 31) / 32 * 32;
+  }
+  // whether 8 words of depth, as a tensor instruction takes them, lie next to each other in the source's frame
+  __host__ __device__ bool aligned() const { return source_words % 8 == 0; }
+  // in words: the weights, and for each of the kPiece the offset in the source's frame, in bytes
   __host__ __device__ int piece_size() const { return kPiece * padded_channels() + kPiece; }
 };
 
 __host__ __device__ Product product_of(const Geometry& g, int number) {
-  if (number == 0) return {false, {0, g.kernel_height}, {0, g.kernel_width}, g.in_channels, g.out_channels};
+  if (number == 0) return {false, {0, g.kernel_height}, {0, g.kernel_width}, g.in, g.out_channels};
   const int row = (number - 1) / g.stride_width, col = (number - 1) % g.stride_width;
   return {true, taps_of(row, g.kernel_height, g.stride_height, g.pad_height),
-          taps_of(col, g.kernel_width, g.stride_width, g.pad_width), g.out_channels, g.in_channels};
+          taps_of(col, g.kernel_width, g.stride_width, g.pad_width), g.out, g.in_channels};
 }
 
-// Place of weight (depth, channel) in its piece: what a lane needs of 8 deep x 8 channels is next to each other.
-__host__ __device__ int place_in_piece(int depth, int channel, int padded_channels) {
-  return (depth / 8 * padded_channels + channel) * 8 + depth % 4 * 2 + depth % 8 / 4;
+// Place of weight (depth, channel) in its piece: 8 channels of 4 deep are what one load of a warp begins with.
+__host__ __device__ int place_in_piece(int depth, int channel) {
+  return (channel / 8 * (kPiece / 8) + depth / 8) * 64 + depth % 8 / 4 * 32 + channel % 8 * 4 + depth % 4;
 }
 
 // ---- the weights, rearranged -------------------------------------------------------------------------------------------
 
+// The largest of a block's own numbers.
+__device__ float block_max(float value, float* scratch) {
+  value = warp_max(value);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  for (int warp = 0; warp < kWarps; ++warp) value = fmaxf(value, scratch[warp]);
+  return value;
+}
+
 // Block i makes piece i of all products' pieces in a row. Weights are scaled by a power of two to at most 2, so that
 // applications of A and A^T in a row do not overflow or underflow; block 0 leaves the exponent.
-__global__ void pack_kernel(const float* weight, Geometry g, bool float32, float* packed, int* exponent) {
-  auto* scratch = dynamic_shared<float>();
+template <Precision kPrecision>
+__global__ void pack_kernel(const float* weight, ConvolutionGeometry geometry, uint32_t* packed, int* exponent) {
+  const Geometry g(geometry, kPrecision);
   const int count = g.out_channels * g.kernel_height * g.kernel_width * g.in_channels;
   float largest = 0;
-  for (int i = threadIdx.x; i < count; i += kThreads) largest = fmaxf(largest, fabsf(weight[i]));
-  largest = warp_max(largest);
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = largest;
-  __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) largest = fmaxf(largest, scratch[warp]);
+  for (int first = threadIdx.x; first < count; first += kThreads * kTogether) {
+    float some[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) some[k] = first + k * kThreads < count ? weight[first + k * kThreads] : 0;
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) largest = fmaxf(largest, fabsf(some[k]));
+  }
+  largest = block_max(largest, dynamic_shared<float>());
   const int power = largest > 0 && largest <= 3.402823466e38f ? ilogbf(largest) : 0;
   if (blockIdx.x == 0 && threadIdx.x == 0) *exponent = power;
 
@@ -167,32 +239,41 @@ __global__ void pack_kernel(const float* weight, Geometry g, bool float32, float
     before += product.pieces() * product.piece_size();
     product = product_of(g, ++number);
   }
-  float* out = packed + before + piece * product.piece_size();
-  const int channels = product.padded_channels();
+  uint32_t* out = packed + before + piece * product.piece_size();
+  const int channels = product.padded_channels(), sources = product.adjoint ? g.out_channels : g.in_channels;
+  const auto value_at = [&](int tap, int source, int target) {
+    if (source >= sources) return 0.0f;
+    int row = tap / product.cols.count, col = tap % product.cols.count;
+    if (product.adjoint) {
+      row = product.rows.first + row * g.stride_height;
+      col = product.cols.first + col * g.stride_width;
+    }
+    const int o = product.adjoint ? source : target, c = product.adjoint ? target : source;
+    return scalbnf(weight[((o * g.kernel_height + row) * g.kernel_width + col) * g.in_channels + c], -power);
+  };
   for (int i = threadIdx.x; i < kPiece * channels; i += kThreads) {
     const int depth = i / channels, target = i % channels, k = piece * kPiece + depth;
-    float value = 0;
+    uint32_t word = 0;
     if (k < product.depth() && target < product.target_channels) {
-      const int source = k % product.source_channels, tap = k / product.source_channels;
-      int row = tap / product.cols.count, col = tap % product.cols.count;
-      if (product.adjoint) {
-        row = product.rows.first + row * g.stride_height;
-        col = product.cols.first + col * g.stride_width;
-      }
-      const int o = product.adjoint ? source : target, c = product.adjoint ? target : source;
-      value = scalbnf(weight[((o * g.kernel_height + row) * g.kernel_width + col) * g.in_channels + c], -power);
+      const int source = k % product.source_words, tap = k / product.source_words;
+      if constexpr (kPrecision == Precision::kBfloat16)
+        word = to_bfloat16(value_at(tap, 2 * source, target), value_at(tap, 2 * source + 1, target));
+      else if constexpr (kPrecision == Precision::kTf32)
+        word = to_tf32(value_at(tap, source, target));
+      else
+        word = as_bits(value_at(tap, source, target));
     }
-    out[place_in_piece(depth, target, channels)] = float32 ? value : as_float(to_tf32(value));
+    out[place_in_piece(depth, target)] = word;
   }
   const Frame source = product.adjoint ? left_frame(g, 0, 1) : right_frame(g, 0, 1);
   auto* offsets = reinterpret_cast<int*>(out + kPiece * channels);
   if (threadIdx.x < kPiece) {
     const int k = piece * kPiece + threadIdx.x;
     const bool inside = k < product.depth();  // beyond, any place will do: the weight there is zero
-    const int channel = inside ? k % product.source_channels : 0, tap = inside ? k / product.source_channels : 0;
+    const int word = inside ? k % product.source_words : 0, tap = inside ? k / product.source_words : 0;
     const int pixels = tap / product.cols.count * source.cols.size() + tap % product.cols.count;
-    const int floats = (product.adjoint ? -pixels : pixels) * source.pitch + channel;
-    offsets[threadIdx.x] = floats * static_cast<int>(sizeof(float));
+    const int words = (product.adjoint ? -pixels : pixels) * source.pitch + word;
+    offsets[threadIdx.x] = words * static_cast<int>(sizeof(uint32_t));
   }
 }
 
@@ -203,9 +284,10 @@ __global__ void pack_kernel(const float* weight, Geometry g, bool float32, float
 struct Pass {
   int width, count, source_row, source_col, source_row_step, source_col_step, target_row, target_col, row_step,
       col_step;
-  int pieces, piece_size, channels, padded_channels, first;  // `first`: of the pieces, in floats
+  int pieces, piece_size, padded_channels, first;  // `first`: of the pieces, in words
   int pixel_tiles, tiles, rounds;
-  bool wide;  // 64 pixels a tile, not 16
+  int eight_rows, eight_cols;  // from a pixel to the eighth after it
+  bool wide, aligned;          // many pixels a tile, not 16; Product::aligned
 };
 
 __device__ Pass pass_of(const Geometry& g, int number, int first, int rank, int ranks) {
@@ -238,14 +320,17 @@ __device__ Pass pass_of(const Geometry& g, int number, int first, int rank, int 
     pass.source_row_step = pass.source_col_step = 1;
   }
   pass.count = height * pass.width;
+  pass.eight_rows = pass.width ? 8 / pass.width : 0;
+  pass.eight_cols = pass.width ? 8 % pass.width : 0;
   pass.pieces = product.pieces();
   pass.piece_size = product.piece_size();
-  pass.channels = product.target_channels;
+  pass.aligned = product.aligned();
   pass.padded_channels = product.padded_channels();
   pass.first = first;
-  const int channel_tiles = pass.padded_channels == 8 ? 1 : (pass.padded_channels + 31) / 32;
-  pass.wide = (pass.count + 63) / 64 * channel_tiles >= kWarps;
-  pass.pixel_tiles = (pass.count + (pass.wide ? 63 : 15)) / (pass.wide ? 64 : 16);
+  const int channel_tiles = pass.padded_channels == 8 ? 1 : pass.padded_channels / 32;
+  pass.wide = (pass.count + g.wide_pixels - 1) / g.wide_pixels * channel_tiles >= kWarps;
+  const int pixels = pass.wide ? g.wide_pixels : 16;
+  pass.pixel_tiles = (pass.count + pixels - 1) / pixels;
   pass.tiles = pass.pixel_tiles * channel_tiles;
   pass.rounds = (pass.tiles + kWarps - 1) / kWarps;
   return pass;
@@ -254,27 +339,29 @@ __device__ Pass pass_of(const Geometry& g, int number, int first, int rank, int 
 // A vector of one sample on chip: its frame, the band of rows this block owns, and the other blocks' frames. Where it
 // lies is told from the begin of the shared memory, because a pointer out of a struct could be to anywhere.
 struct Vector {
-  int data_at, mask_at;  // in floats, in words
-  float* slots;          // in global memory: the sample's vectors one after another, `slot_stride` apart
-  int64_t slot_stride;
+  int data_at, mask_at;  // in words
+  uint32_t* slots;       // in global memory: the cluster's vectors one after another, pixels of pairs
+  int slot_words;
   Frame frame;
   Range own;
   int width, channels;
   const Range* rows_of_rank;
 
-  __device__ float* data() const { return dynamic_shared<float>() + data_at; }
+  __device__ uint32_t* data() const { return dynamic_shared<uint32_t>() + data_at; }
   // a word for every 32 channels of every pixel of the band
-  __device__ uint32_t* mask() const { return dynamic_shared<uint32_t>() + mask_at; }
-  __device__ int words() const { return (channels + 31) / 32; }
+  __device__ uint32_t* mask_at_pixel(int row, int col) const {
+    return dynamic_shared<uint32_t>() + mask_at + ((row - own.begin) * width + col) * mask_words();
+  }
+  __device__ int mask_words() const { return (channels + 31) / 32; }
 };
 
-// A unit of a map: its index, channels last, and its coordinates.
-struct Unit {
-  int index, row, col, channel;
+// Two channels of a pixel of a map, and the index of the first, channels last.
+struct Place {
+  int row, col, pair, index;
 };
 
 struct Shared {
-  SmallSvd small;
+  TopTriplet small;
   double scratch[kWarps];
   double from_rank[2][kMaxCluster];
   double factor[2][kWindow];  // of q_j and p_j: the unit vector over the stored one
@@ -289,12 +376,14 @@ struct Layout {
   int data[2], mask[2], ring, ring_piece, bytes;
 
   Layout(const Geometry& g, int ranks) {
-    int floats[2] = {0, 0}, words[2] = {0, 0};
+    int words[2] = {0, 0}, mask_words[2] = {0, 0};
     for (int rank = 0; rank < ranks; ++rank) {
-      floats[0] = larger(floats[0], right_frame(g, rank, ranks).floats());
-      floats[1] = larger(floats[1], left_frame(g, rank, ranks).floats());
-      words[0] = larger(words[0], band(g.in_height, rank, ranks).size() * g.in_width * ((g.in_channels + 31) / 32));
-      words[1] = larger(words[1], band(g.out_height, rank, ranks).size() * g.out_width * ((g.out_channels + 31) / 32));
+      words[0] = larger(words[0], right_frame(g, rank, ranks).words());
+      words[1] = larger(words[1], left_frame(g, rank, ranks).words());
+      mask_words[0] =
+          larger(mask_words[0], band(g.in_height, rank, ranks).size() * g.in_width * ((g.in_channels + 31) / 32));
+      mask_words[1] =
+          larger(mask_words[1], band(g.out_height, rank, ranks).size() * g.out_width * ((g.out_channels + 31) / 32));
     }
     bytes = 0;
     const auto take = [this](int size) {
@@ -304,80 +393,82 @@ struct Layout {
     };
     take(sizeof(Shared));
     for (int i = 0; i < 2; ++i) {
-      data[i] = take(floats[i] * 4);
-      mask[i] = take(words[i] * 4);
+      data[i] = take(words[i] * 4);
+      mask[i] = take(mask_words[i] * 4);
     }
     ring_piece = larger(product_of(g, 0).piece_size(), product_of(g, 1).piece_size());
     ring = take(kRing * ring_piece * 4);
   }
 };
 
-template <bool kFloat32>
+template <Precision kPrecision>
 struct Convolution {
+  using Two = Pair<kPrecision>;
+  // relative length below which a vector is rounding
+  static constexpr double kRounding = kPrecision == Precision::kFloat32 ? 16 * 0x1p-23
+                                      : kPrecision == Precision::kTf32  ? 0x1p-10
+                                                                        : 0x1p-7;
+
   const ConvolutionProblem& problem;
   Shared& shared;
-  float* ring;
-  int ring_piece, sample, rank, ranks;
+  uint32_t* ring;
+  int ring_piece, rank, ranks;
+  int64_t sample = 0;
   int parity = 0;
-  // the next piece of the weights to ask for, and how many were asked for and used
-  int pass = 0, round = 0, piece = 0, asked = 0, used = 0;
+  // where the next piece of the weights begins, how many of its pass are left, and the round of that pass
+  uint32_t piece = 0;
+  int pieces = 0, piece_size = 0, pass = 0, round = 0;
+  int asked = 0, used = 0;  // places in the ring, in words
 
-  __device__ double cluster_sum(double value) {
+  // The sum over all threads of the cluster; makes what they wrote of `changed` visible to all.
+  __device__ double cluster_sum(double value, const Vector* changed = nullptr) {
     const double own = block_sum<kThreads>(value, shared.scratch);
     if (ranks == 1) return own;
+    if (changed) send_edges(*changed);
     double* slots = shared.from_rank[parity];  // the other one may still be read
     parity ^= 1;
     if (threadIdx.x < static_cast<unsigned>(ranks)) store_at_rank(&slots[rank], threadIdx.x, own);
     cluster_barrier();
     double total = 0;
+#pragma unroll 1
     for (int r = 0; r < ranks; ++r) total += slots[r];
     return total;
   }
 
-  // The other blocks whose frames have a row of this one's band, as bits.
-  __device__ unsigned readers_of(const Vector& vector, int row) const {
-    unsigned readers = 0;
+  // Copies the rows of the band to the frames of the other blocks that have them.
+  __device__ void send_edges(const Vector& vector) const {
+    const int row_words = vector.frame.cols.size() * vector.frame.pitch;
     for (int r = 0; r < ranks; ++r) {
       const Range rows = vector.rows_of_rank[r];
-      if (r != rank && row >= rows.begin && row < rows.end) readers |= 1u << r;
-    }
-    return readers;
-  }
-
-  // Writes one value of the band, here and in the readers' frames.
-  __device__ void store(const Vector& vector, float* here, unsigned readers, float value) {
-    *here = value;
-    for (; readers; readers &= readers - 1) {
-      const int r = __ffs(static_cast<int>(readers)) - 1;
-      const int rows = vector.frame.rows.begin - vector.rows_of_rank[r].begin;
-      store_at_rank(here + rows * vector.frame.cols.size() * vector.frame.pitch, r, value);
+      const int begin = larger(rows.begin, vector.own.begin), end = smaller(rows.end, vector.own.end);
+      if (r == rank || begin >= end) continue;
+      uint32_t* from = vector.data() + (begin - vector.frame.rows.begin) * row_words;
+      const int there = (vector.frame.rows.begin - rows.begin) * row_words;
+      for (int i = 2 * static_cast<int>(threadIdx.x); i < (end - begin) * row_words; i += 2 * kThreads)
+        store_at_rank(reinterpret_cast<uint64_t*>(from + there + i), r, *reinterpret_cast<uint64_t*>(from + i));
     }
   }
 
-  // Calls run(units, count) for the band's units, of which a thread takes kTogether at once, so that their loads are in
-  // flight together. Divisions are slow: they are done once, and carried on.
+  // Calls run(places, count) for the band's pairs of channels, of which a thread takes kTogether at once, so that their
+  // loads are in flight together. Divisions are slow: they are done once, and carried on.
   template <typename Run>
-  __device__ void for_each_units(const Vector& vector, Run run) {
-    const int thread = static_cast<int>(threadIdx.x), pixels = kThreads / vector.channels;
-    const int channel_step = kThreads % vector.channels, row_step = pixels / vector.width,
-              col_step = pixels % vector.width;
-    Unit next = {vector.own.begin * vector.width * vector.channels + thread,
-                 vector.own.begin + thread / vector.channels / vector.width, thread / vector.channels % vector.width,
-                 thread % vector.channels};
-    const int end = vector.own.end * vector.width * vector.channels;
-    while (next.index < end) {
-      Unit units[kTogether];
+  __device__ void for_each_pairs(const Vector& vector, Run run) {
+    const int thread = static_cast<int>(threadIdx.x), pairs = pairs_of(vector.channels), pixels = kThreads / pairs;
+    const int pair_step = kThreads % pairs, row_step = pixels / vector.width, col_step = pixels % vector.width;
+    Place next = {vector.own.begin + thread / pairs / vector.width, thread / pairs % vector.width, thread % pairs, 0};
+    while (next.row < vector.own.end) {
+      Place places[kTogether];
       int count = 0;
 #pragma unroll
       for (int k = 0; k < kTogether; ++k) {
-        units[k] = next;
-        count += next.index < end;
-        next.index += kThreads;
-        next.channel += channel_step;
+        next.index = (next.row * vector.width + next.col) * vector.channels + 2 * next.pair;
+        places[k] = next;
+        count += next.row < vector.own.end;
+        next.pair += pair_step;
         next.col += col_step;
         next.row += row_step;
-        if (next.channel >= vector.channels) {
-          next.channel -= vector.channels;
+        if (next.pair >= pairs) {
+          next.pair -= pairs;
           ++next.col;
         }
         if (next.col >= vector.width) {
@@ -385,189 +476,315 @@ struct Convolution {
           ++next.row;
         }
       }
-      run(units, count);
+      run(places, count);
     }
   }
 
-  __device__ static bool kept(const Vector& vector, const Unit& unit) {
-    const int pixel = (unit.row - vector.own.begin) * vector.width + unit.col;
-    return vector.mask()[pixel * vector.words() + unit.channel / 32] >> (unit.channel % 32) & 1;
+  // Which of the two channels the mask keeps, as bits.
+  __device__ static uint32_t kept(const Vector& vector, const Place& at) {
+    return vector.mask_at_pixel(at.row, at.col)[at.pair / 16] >> (at.pair % 16 * 2) & 3;
   }
 
-  __device__ static float* place(const Vector& vector, const Unit& unit) {
-    return vector.data() + vector.frame.at(unit.row, unit.col) + unit.channel;
+  __device__ static Two& on_chip(const Vector& vector, const Place& at) {
+    return reinterpret_cast<Two*>(vector.data() + vector.frame.at(at.row, at.col))[at.pair];
+  }
+
+  __device__ static int slot_index(const Vector& vector, int row, int col, int pair) {
+    return (row * vector.width + col) * pairs_of(vector.channels) + pair;
+  }
+
+  // Two channels of a tensor in global memory: at once where all pairs of a map allow it.
+  struct Channels {
+    int channels;
+    bool at_once;
+    __device__ Channels(const float* map, int channels)
+        : channels(channels), at_once(channels % 2 == 0 && reinterpret_cast<uintptr_t>(map) % sizeof(float2) == 0) {}
+    __device__ bool alone(const Place& at) const { return 2 * at.pair + 1 == channels; }
+    __device__ float2 load(const float* map, const Place& at) const {
+      if (at_once) return *reinterpret_cast<const float2*>(map + at.index);
+      return {map[at.index], alone(at) ? 0 : map[at.index + 1]};
+    }
+    __device__ void store(float* map, const Place& at, float2 values) const {
+      if (at_once) {
+        *reinterpret_cast<float2*>(map + at.index) = values;
+        return;
+      }
+      map[at.index] = values.x;
+      if (!alone(at)) map[at.index + 1] = values.y;
+    }
+  };
+
+  // Of a sample whose masks are there; no copies may be under way.
+  __device__ void begin(int64_t number) {
+    sample = number;
+    asked = used = 0;
+    enter_pass(0, 0);  // which has pieces: a block has pixels of the convolution's output
+    for (int i = 0; i < kRing - 1; ++i) ask_for_piece();
   }
 
   // ---- the stream of weights: the pieces of pass 0, 1, ..., of pass 0 again, and so on, each once a round
 
-  // A block has pixels of the convolution's output, so that the first pass has pieces.
-  __device__ void ask_for_piece() {
-    const int passes = 1 + phases_of(problem.geometry);
-    while (shared.passes[pass].pieces * shared.passes[pass].rounds == 0) pass = pass + 1 < passes ? pass + 1 : 0;
+  __device__ void enter_pass(int number, int in_round) {
+    pass = number;
+    round = in_round;
     const Pass& from = shared.passes[pass];
-    const float* source = problem.packed + from.first + piece * from.piece_size;
-    float* target = ring + asked % kRing * ring_piece;
-    for (int i = threadIdx.x * 4; i < from.piece_size; i += kThreads * 4) copy_async(target + i, source + i);
-    commit_copies();
-    ++asked;
-    if (++piece < from.pieces) return;
-    piece = 0;
-    if (++round < from.rounds) return;
-    round = 0;
-    pass = pass + 1 < passes ? pass + 1 : 0;
+    piece = from.first;
+    piece_size = from.piece_size;
+    pieces = from.pieces;
   }
 
-  __device__ const float* next_piece() {
+  __device__ int next_place(int place) const { return place == (kRing - 1) * ring_piece ? 0 : place + ring_piece; }
+
+  __device__ void ask_for_piece() {
+    const auto* packed = reinterpret_cast<const unsigned char*>(problem.packed);
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x * 4; i < static_cast<uint32_t>(piece_size); i += kThreads * 4)
+      copy_async(ring + asked + i, packed + (piece + i) * 4u);
+    commit_copies();
+    asked = next_place(asked);
+    piece += piece_size;
+    if (--pieces > 0) return;
+    if (round + 1 < shared.passes[pass].rounds) return enter_pass(pass, round + 1);
+    const int passes = 1 + phases_of(problem.geometry);
+    int next = pass;
+    do next = next + 1 < passes ? next + 1 : 0;
+    while (shared.passes[next].pieces * shared.passes[next].rounds == 0);
+    enter_pass(next, 0);
+  }
+
+  __device__ const uint32_t* next_piece() {
     wait_for_copies<kRing - 2>();
     __syncthreads();  // all threads' copies are there, and nobody reads the piece before it any more
-    const float* at = ring + used++ % kRing * ring_piece;
+    const uint32_t* at = ring + used;
+    used = next_place(used);
     ask_for_piece();
     return at;
   }
 
   // ---- products
 
+  // Pixels of a product, eight apart. Divisions are slow: one is enough.
+  struct Pixel {
+    int row, col;
+    __device__ Pixel(const Pass& pass, int number) : row(number / pass.width), col(number % pass.width) {}
+    __device__ void advance(const Pass& pass) {
+      row += pass.eight_rows;
+      col += pass.eight_cols;
+      if (col < pass.width) return;
+      col -= pass.width;
+      ++row;
+    }
+  };
+
+  // In float32, x as a sum of tf32 numbers, as tensor cores read them, which leave out the lower bits: the upper bits
+  // of x, and the rest to the nearest. Infinities and NaN stay in the first.
+  __device__ static void split(uint32_t x, uint32_t& high, uint32_t& low) {
+    if constexpr (kPrecision == Precision::kFloat32) {
+      high = x & ~kLowerBits;
+      low = as_bits(as_float(x) - as_float(high)) + (kLowerBits + 1) / 2;
+    } else {
+      high = x;
+    }
+  }
+
+  __device__ static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&a_low)[4],
+                                  const uint32_t (&b)[2], const uint32_t (&b_low)[2]) {
+    if constexpr (kPrecision == Precision::kFloat32) {
+      const float zero[4] = {};
+      float some[4];
+      mma_tf32(some, a_low, b, zero);
+      mma_tf32(some, a, b_low, some);
+      mma_tf32(some, a, b, some);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += some[i];
+    } else if constexpr (kPrecision == Precision::kTf32) {
+      mma_tf32(sum, a, b, sum);
+    } else {
+      mma_bfloat16(sum, a, b, sum);
+    }
+  }
+
   // One warp's tile of 16 kPixels pixels x 8 kChannels channels:
   // target = factor * product - old_factor * target, masked; returns the tile's squared length.
-  template <int kPixels, int kChannels>
-  __device__ double tile(const Pass& now, const Vector& source, const Vector& target, int number, float factor,
-                         float old_factor, float* slot) {
+  template <int kPixels, int kChannels, bool kAligned>
+  __device__ float tile(const Pass& now, const Vector& source, const Vector& target, int number, float factor,
+                        float old_factor, uint32_t* slot) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const int pixel0 = number % now.pixel_tiles * (16 * kPixels), channel0 = number / now.pixel_tiles * (8 * kChannels);
     const bool works = number < now.tiles;
     float acc[kPixels][kChannels][4] = {};
-    SharedAddress base[kPixels][2];
+    // of the pixel whose words this lane loads: for the whole warp, 8 pixels x 4 words at a time, or its own
+    constexpr int kApart = kAligned ? 16 : 8;
+    SharedAddress base[16 * kPixels / kApart];
+    {
+      int at = pixel0 + (kAligned ? lane % 16 : g);
+      Pixel pixel(now, smaller(at, now.count - 1));
 #pragma unroll
-    for (int m = 0; m < kPixels; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int pixel = smaller(pixel0 + m * 16 + half * 8 + g, now.count - 1);
-        base[m][half] =
-            shared_address(source.data() + source.frame.at(now.source_row + pixel / now.width * now.source_row_step,
-                                                           now.source_col + pixel % now.width * now.source_col_step));
+      for (SharedAddress& place : base) {
+        place = shared_address(source.data() +
+                               source.frame.at(now.source_row + pixel.row * now.source_row_step,
+                                               now.source_col + pixel.col * now.source_col_step) +
+                               (kAligned ? lane / 16 * 4 : 0));
+        at += kApart;
+        for (int i = 0; i < kApart / 8; ++i)
+          if (at < now.count) pixel.advance(now);  // beyond, any place will do
       }
+    }
+    constexpr int kLoads = kChannels == 1 ? 1 : 2;  // tiles of 8 channels a load takes
+    const int own_weights = channel0 / 8 * place_in_piece(0, 8) + lane / 16 % kLoads * place_in_piece(0, 8) +
+                            lane / 8 % 2 * place_in_piece(4, 0) + lane % 8 * place_in_piece(0, 1);
+    constexpr int kDeep = kPrecision == Precision::kFloat32 ? 2 : kPiece / 8;  // unrolled: the parts take the registers
     for (int i = 0; i < now.pieces; ++i) {
-      const float* weights = next_piece();
+      const uint32_t* weights = next_piece();
       if (!works) continue;
-      const int* offsets = reinterpret_cast<const int*>(weights + kPiece * now.padded_channels);
-#pragma unroll
+      const auto* offsets = reinterpret_cast<const int*>(weights + kPiece * now.padded_channels);
+      const SharedAddress from = shared_address(weights + own_weights);
+#pragma unroll kDeep
       for (int k = 0; k < kPiece / 8; ++k) {
-        const int near = offsets[k * 8 + t], far = offsets[k * 8 + t + 4];
-        uint32_t b_high[kChannels][2], b_low[kChannels][2];
+        uint32_t b[kChannels][2], b_low[kChannels][2];
 #pragma unroll
-        for (int n = 0; n < kChannels; ++n) {
-          // channels beyond the last tile of 8 repeat the first: their results are dropped
-          const int channel = channel0 + n * 8 < now.padded_channels ? channel0 + n * 8 + g : g;
-          const float2 b = reinterpret_cast<const float2*>(weights)[(k * now.padded_channels + channel) * 4 + t];
-          split(b.x, b_high[n][0], b_low[n][0]);
-          split(b.y, b_high[n][1], b_low[n][1]);
+        for (int n = 0; n < kChannels; n += kLoads) {
+          uint32_t words[2 * kLoads];
+          load_matrices(words, from + place_in_piece(k * 8, n * 8) * sizeof(uint32_t));
+#pragma unroll
+          for (int j = 0; j < 2 * kLoads; ++j) split(words[j], b[n + j / 2][j % 2], b_low[n + j / 2][j % 2]);
         }
+        const int near = offsets[k * 8 + (kAligned ? 0 : t)], far = kAligned ? near : offsets[k * 8 + t + 4];
 #pragma unroll
         for (int m = 0; m < kPixels; ++m) {
-          uint32_t a_high[4], a_low[4];
+          uint32_t a[4], a_low[4];
+          if constexpr (kAligned)
+            load_matrices(a, base[m] + near);
+          else
 #pragma unroll
-          for (int j = 0; j < 4; ++j) split(load_shared(base[m][j % 2] + (j < 2 ? near : far)), a_high[j], a_low[j]);
+            for (int j = 0; j < 4; ++j) a[j] = load_shared(base[2 * m + j % 2] + (j < 2 ? near : far));
 #pragma unroll
-          for (int n = 0; n < kChannels; ++n) {
-            if constexpr (kFloat32) {
-              mma_tf32(acc[m][n], a_low, b_high[n]);
-              mma_tf32(acc[m][n], a_high, b_low[n]);
-            }
-            mma_tf32(acc[m][n], a_high, b_high[n]);
-          }
+          for (int j = 0; j < 4; ++j) split(a[j], a[j], a_low[j]);
+#pragma unroll
+          for (int n = 0; n < kChannels; ++n) multiply(acc[m][n], a, a_low, b[n], b_low[n]);
         }
       }
     }
-    double square = 0;
+    float square = 0;
     if (!works) return square;
+    const int pairs = pairs_of(target.channels), pair0 = channel0 / 2 + t;
+    Pixel pixel(now, smaller(pixel0 + g, now.count - 1));
 #pragma unroll
-    for (int m = 0; m < kPixels; ++m)
+    for (int i = 0; i < 2 * kPixels; ++i) {
+      if (pixel0 + g + 8 * i >= now.count) break;
+      const int row = now.target_row + pixel.row * now.row_step, col = now.target_col + pixel.col * now.col_step;
+      pixel.advance(now);
+      auto* here = reinterpret_cast<Two*>(target.data() + target.frame.at(row, col)) + pair0;
+      auto* kept_here = reinterpret_cast<Two*>(slot) + slot_index(target, row, col, pair0);
+      const uint32_t keep = target.mask_at_pixel(row, col)[channel0 / 32] >> (2 * t);
+      float2 old[kChannels];  // not read at first, when it may be another sample's
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int pixel = pixel0 + m * 16 + half * 8 + g;
-        if (pixel >= now.count) continue;
-        const int row = now.target_row + pixel / now.width * now.row_step,
-                  col = now.target_col + pixel % now.width * now.col_step;
-        const int unit = (row * target.width + col) * target.channels;
-        const unsigned readers = readers_of(target, row);
-        float* here = target.data() + target.frame.at(row, col);
-        const uint32_t keep =
-            target.mask()[((row - target.own.begin) * target.width + col) * target.words() + channel0 / 32];
+      for (int n = 0; n < kChannels; ++n)
+        old[n] = old_factor != 0 && pair0 + n * 4 < pairs ? here[n * 4].values() : float2{0, 0};
 #pragma unroll
-        for (int n = 0; n < kChannels; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int channel = channel0 + n * 8 + 2 * t + e;
-            if (channel >= target.channels) continue;
-            float value = 0;
-            if (keep >> (channel % 32) & 1) {
-              value = acc[m][n][half * 2 + e] * factor;
-              if (old_factor != 0) value -= old_factor * here[channel];
-              value = rounded(value);
-            }
-            square += static_cast<double>(value) * static_cast<double>(value);  // float32's would underflow
-            store(target, here + channel, readers, value);
-            if (slot) slot[unit + channel] = value;
-          }
+      for (int n = 0; n < kChannels; ++n) {
+        const float* sum = acc[i / 2][n] + i % 2 * 2;
+        const float x = sum[0] * factor - old_factor * old[n].x, y = sum[1] * factor - old_factor * old[n].y;
+        // channels beyond the last have no bits
+        const Two two = Two::rounded(keep >> (n * 8) & 1 ? x : 0, keep >> (n * 8 + 1) & 1 ? y : 0);
+        const float2 values = two.values();
+        square += values.x * values.x;
+        square += values.y * values.y;
+        if (pair0 + n * 4 >= pairs) continue;
+        here[n * 4] = two;
+        if (slot) kept_here[n * 4] = two;
       }
+    }
     return square;
   }
 
-  // x as a sum of tf32 numbers, as tensor cores read them, which leave out the lower bits: the upper bits of x, and the
-  // rest to the nearest. In tf32 x is one already. Infinities and NaN stay in the first.
-  __device__ static void split(float x, uint32_t& high, uint32_t& low) {
-    high = as_bits(x);
-    if constexpr (kFloat32) {
-      high &= ~kLowerBits;
-      low = as_bits(x - as_float(high)) + (kLowerBits + 1) / 2;
-    }
+  template <bool kAligned>
+  __device__ float any_tile(const Pass& now, const Vector& source, const Vector& target, int number, float factor,
+                            float old_factor, uint32_t* slot) {
+    constexpr int kWide = wide_tile(kPrecision);
+    if (now.padded_channels == 8)
+      return now.wide ? tile<kWide, 1, kAligned>(now, source, target, number, factor, old_factor, slot)
+                      : tile<1, 1, kAligned>(now, source, target, number, factor, old_factor, slot);
+    return now.wide ? tile<kWide, 4, kAligned>(now, source, target, number, factor, old_factor, slot)
+                    : tile<1, 4, kAligned>(now, source, target, number, factor, old_factor, slot);
   }
 
-  // What a vector's element is rounded to where it is stored.
-  __device__ static float rounded(float x) { return kFloat32 ? x : as_float(to_tf32(x)); }
+  // The squared length of the band, where float32 lost it.
+  __device__ double square_in_double(const Vector& vector) {
+    double square = 0;
+    for_each_pairs(vector, [&](const Place(&places)[kTogether], int count) {
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (k >= count) break;
+        const float2 values = on_chip(vector, places[k]).values();
+        square += static_cast<double>(values.x) * static_cast<double>(values.x);
+        square += static_cast<double>(values.y) * static_cast<double>(values.y);
+      }
+    });
+    return square;
+  }
 
   // ---- what golub_kahan asks for
 
   __device__ double start() {
     const Vector right = shared.vectors[0];
     const ConvolutionGeometry& g = problem.geometry;
-    const int64_t first = static_cast<int64_t>(sample) * g.in_height * g.in_width * g.in_channels;
+    const int64_t first = sample * g.in_height * g.in_width * g.in_channels;
     const float* start = problem.start ? problem.start + (problem.start_per_sample ? first : 0) : nullptr;
-    const auto random = [&](const Unit& unit) { return pseudo_random(static_cast<uint32_t>(first + unit.index), 0); };
+    const Channels channels(start, right.channels);
+    const auto random = [&](const Place& at) {
+      const auto number = static_cast<uint32_t>(first + at.index);
+      return float2{pseudo_random(number, 0), pseudo_random(number + 1, 0)};
+    };
     double drawn = 0, given = 0;
-    for_each_units(right, [&](const Unit(&units)[kTogether], int count) {
-      float from[kTogether];
+    if (start) {
+      for_each_pairs(right, [&](const Place(&places)[kTogether], int count) {
+        float2 from[kTogether];
 #pragma unroll
-      for (int k = 0; k < kTogether; ++k) from[k] = start && k < count ? start[units[k].index] : 0;
+        for (int k = 0; k < kTogether; ++k) from[k] = k < count ? channels.load(start, places[k]) : float2{0, 0};
+        float some = 0;
 #pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        if (k >= count || !kept(right, units[k])) continue;
-        const double r = random(units[k]), s = from[k];
-        drawn += r * r;
-        given += s * s;
-      }
-    });
-    drawn = cluster_sum(drawn);
-    given = cluster_sum(given);
-    const double of_given = given > 0 ? 1 / sqrt(given) : 0, of_drawn = given > 0 ? kNoise / sqrt(drawn) : 1;
-    float* slot = problem.iterations > 0 ? right.slots : nullptr;
+        for (int k = 0; k < kTogether; ++k) {
+          if (k >= count) break;
+          const uint32_t keep = kept(right, places[k]);
+          const float2 r = random(places[k]);
+          const double x = keep & 1 ? from[k].x : 0, y = keep & 2 ? from[k].y : 0;
+          some += keep & 1 ? r.x * r.x : 0;
+          some += keep & 2 ? r.y * r.y : 0;
+          given += x * x + y * y;
+        }
+        drawn += static_cast<double>(some);
+      });
+      drawn = cluster_sum(drawn);
+      given = cluster_sum(given);
+    }
+    const double of_given = given > 0 ? 1 / sqrt(given) : 0;
+    const float of_drawn = given > 0 ? static_cast<float>(kNoise / sqrt(drawn)) : 1;
+    auto* slot = reinterpret_cast<Two*>(problem.iterations > 0 ? right.slots : nullptr);
     double square = 0;
-    for_each_units(right, [&](const Unit(&units)[kTogether], int count) {
-      float from[kTogether];
+    for_each_pairs(right, [&](const Place(&places)[kTogether], int count) {
+      float2 from[kTogether];
 #pragma unroll
-      for (int k = 0; k < kTogether; ++k) from[k] = given > 0 && k < count ? start[units[k].index] : 0;
+      for (int k = 0; k < kTogether; ++k)
+        from[k] = given > 0 && k < count ? channels.load(start, places[k]) : float2{0, 0};
+      float some = 0;
 #pragma unroll
       for (int k = 0; k < kTogether; ++k) {
         if (k >= count) break;
-        float value = 0;
-        if (kept(right, units[k]))
-          value = rounded(static_cast<float>(random(units[k]) * of_drawn) + static_cast<float>(from[k] * of_given));
-        square += static_cast<double>(value) * static_cast<double>(value);
-        store(right, place(right, units[k]), readers_of(right, units[k].row), value);
-        if (slot) slot[units[k].index] = value;
+        const uint32_t keep = kept(right, places[k]);
+        const float2 r = random(places[k]);
+        const float x = r.x * of_drawn + static_cast<float>(from[k].x * of_given),
+                    y = r.y * of_drawn + static_cast<float>(from[k].y * of_given);
+        const Two two = Two::rounded(keep & 1 ? x : 0, keep & 2 ? y : 0);
+        const float2 values = two.values();
+        some += values.x * values.x;
+        some += values.y * values.y;
+        on_chip(right, places[k]) = two;
+        if (slot) slot[slot_index(right, places[k].row, places[k].col, places[k].pair)] = two;
       }
+      square += static_cast<double>(some);
     });
-    const double length = sqrt(cluster_sum(square));
+    const double length = sqrt(cluster_sum(square, &right));
     if (threadIdx.x == 0) shared.factor[0][0] = 1 / length;
     __syncthreads();
     return length;
@@ -579,114 +796,163 @@ struct Convolution {
     const float factor = static_cast<float>(shared.factor[adjoint][step]),
                 old_factor = number > 0 ? static_cast<float>(coefficient * shared.factor[1 - adjoint][created - 1]) : 0;
     // the last vector of each kind is never overwritten, and stays on chip
-    float* slot = created < problem.iterations ? target.slots + created * target.slot_stride : nullptr;
+    uint32_t* slot = created < problem.iterations ? target.slots + created * target.slot_words : nullptr;
     const int end = adjoint ? 1 + phases_of(problem.geometry) : 1;
     double square = 0;
     for (int i = adjoint; i < end; ++i) {
       const Pass now = shared.passes[i];
       for (int r = 0; r < now.rounds; ++r) {
         const int warp_tile = r * kWarps + static_cast<int>(threadIdx.x) / kWarp;
-        if (now.padded_channels == 8)
-          square += now.wide ? tile<4, 1>(now, source, target, warp_tile, factor, old_factor, slot)
-                             : tile<1, 1>(now, source, target, warp_tile, factor, old_factor, slot);
-        else
-          square += now.wide ? tile<4, 4>(now, source, target, warp_tile, factor, old_factor, slot)
-                             : tile<1, 4>(now, source, target, warp_tile, factor, old_factor, slot);
+        const float some = now.aligned ? any_tile<true>(now, source, target, warp_tile, factor, old_factor, slot)
+                                       : any_tile<false>(now, source, target, warp_tile, factor, old_factor, slot);
+        square += static_cast<double>(some);
       }
     }
-    const double length = sqrt(cluster_sum(square));
+    square = cluster_sum(square, &target);
+    if (!(square > kLeastSquare && square < kMostSquare)) square = cluster_sum(square_in_double(target));
+    const double length = sqrt(square);
     if (threadIdx.x == 0) shared.factor[1 - adjoint][created] = length > 0 ? 1 / length : 0;
     __syncthreads();
     return length;
   }
 
-  __device__ void finish(const SmallSvd& small, int count) {
-    const double sigma = count ? small.sigma[small.column[0]] : 0;
+  __device__ void finish(int count) {
+    const TopTriplet& small = shared.small;
+    const double sigma = count ? small.sigma : 0;
     if (rank == 0 && threadIdx.x == 0) problem.sigma[sample] = scalbnf(static_cast<float>(sigma), *problem.exponent);
     if (threadIdx.x < 2 * kWindow) {
       const int side = static_cast<int>(threadIdx.x) / kWindow, j = static_cast<int>(threadIdx.x) % kWindow;
       double share = 0;
-      if (j < count && !(sigma == 0))
-        share = shared.factor[side][j] * (side ? small.a[j][small.column[0]] / sigma : small.v[j][small.column[0]]);
+      if (j < count && !(sigma == 0)) share = shared.factor[side][j] * (side ? small.left[j] : small.right[j]);
       shared.share[side][j] = static_cast<float>(share);
     }
     __syncthreads();
     for (int side = 0; side < 2; ++side) {
       const Vector vector = shared.vectors[side];
       const float* share = shared.share[side];
-      const int64_t size = vector.slot_stride / problem.batch;
+      const ConvolutionGeometry& g = problem.geometry;
+      const int64_t size = static_cast<int64_t>(vector.width) * vector.channels * (side ? g.out_height : g.in_height);
       const int used = sigma == 0 ? 0 : count, stored = smaller(used, problem.iterations);
       float* out = (side ? problem.left : problem.right) + sample * size;
+      const Channels channels(out, vector.channels);
       double square = 0;
-      for_each_units(vector, [&](const Unit(&units)[kTogether], int some) {
-        float values[kTogether] = {};
-        for (int j = 0; j < stored; ++j) {
-          const float* slot = vector.slots + j * vector.slot_stride;
+      for_each_pairs(vector, [&](const Place(&places)[kTogether], int some) {
+        float2 values[kTogether] = {};
+        for (int j = 0; j < stored; j += kSlots) {
+          Two from[kSlots][kTogether] = {};
 #pragma unroll
-          for (int k = 0; k < kTogether; ++k)
-            if (k < some) values[k] += share[j] * slot[units[k].index];
+          for (int i = 0; i < kSlots; ++i)
+#pragma unroll
+            for (int k = 0; k < kTogether; ++k)
+              if (j + i < stored && k < some)
+                from[i][k] = reinterpret_cast<const Two*>(
+                    vector.slots +
+                    (j + i) * vector.slot_words)[slot_index(vector, places[k].row, places[k].col, places[k].pair)];
+#pragma unroll
+          for (int i = 0; i < kSlots; ++i)
+#pragma unroll
+            for (int k = 0; k < kTogether; ++k) {
+              if (j + i >= stored) break;
+              values[k].x += share[j + i] * from[i][k].values().x;
+              values[k].y += share[j + i] * from[i][k].values().y;
+            }
         }
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
           if (k >= some) break;
-          float* here = place(vector, units[k]);
-          if (used > stored) values[k] += share[stored] * *here;  // the last vector stayed on chip
-          *here = values[k];
-          square += static_cast<double>(values[k]) * static_cast<double>(values[k]);
+          if (used > stored) {  // the last vector stayed on chip
+            const float2 last = on_chip(vector, places[k]).values();
+            values[k].x += share[stored] * last.x;
+            values[k].y += share[stored] * last.y;
+          }
+          square += static_cast<double>(values[k].x * values[k].x + values[k].y * values[k].y);
+          channels.store(out, places[k], values[k]);
         }
       });
       square = cluster_sum(square);
       const float factor = square == 0 ? 0 : static_cast<float>(1 / sqrt(square));
-      for_each_units(vector, [&](const Unit(&units)[kTogether], int some) {
+      for_each_pairs(vector, [&](const Place(&places)[kTogether], int some) {
+        float2 values[kTogether];
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) values[k] = k < some ? channels.load(out, places[k]) : float2{0, 0};
 #pragma unroll
         for (int k = 0; k < kTogether; ++k)
-          if (k < some) out[units[k].index] = *place(vector, units[k]) * factor;
+          if (k < some) channels.store(out, places[k], {values[k].x * factor, values[k].y * factor});
       });
     }
   }
 };
 
-// The mask of a band as bits: a warp a word, and kTogether words at once.
+// The mask of a band as bits.
 __device__ void load_mask(const Vector& vector, const uint8_t* mask) {
-  const int lane = threadIdx.x % kWarp, words = vector.own.size() * vector.width * vector.words();
+  const int words = vector.own.size() * vector.width * vector.mask_words();
+  uint32_t* bits = vector.mask_at_pixel(vector.own.begin, 0);
+  if (!mask) {
+    for (int i = threadIdx.x; i < words; i += kThreads) {
+      const int left = vector.channels - i % vector.mask_words() * 32;
+      bits[i] = left < 32 ? (1u << left) - 1 : ~0u;
+    }
+    return;
+  }
+  mask += static_cast<int64_t>(vector.own.begin) * vector.width * vector.channels;
+  if (vector.channels % 32 == 0 && reinterpret_cast<uintptr_t>(mask) % sizeof(uint4) == 0) {  // 16 channels a load
+    auto* halves = reinterpret_cast<uint16_t*>(bits);
+    const auto four = [](uint32_t bytes) {
+      const uint32_t high = ((bytes & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | bytes;  // a byte's highest bit: whether it is not 0
+      return (high >> 7 & 0x01010101u) * 0x01020408u >> 24 & 15;
+    };
+    for (int first = threadIdx.x; first < 2 * words; first += kTogether * kThreads) {
+      uint4 from[kTogether] = {};
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k)
+        if (first + k * kThreads < 2 * words) from[k] = reinterpret_cast<const uint4*>(mask)[first + k * kThreads];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k)
+        if (first + k * kThreads < 2 * words)
+          halves[first + k * kThreads] = static_cast<uint16_t>(four(from[k].x) | four(from[k].y) << 4 |
+                                                               four(from[k].z) << 8 | four(from[k].w) << 12);
+    }
+    return;
+  }
+  const int lane = threadIdx.x % kWarp;  // a warp a word
   for (int first = threadIdx.x / kWarp; first < words; first += kTogether * kWarps) {
     bool keep[kTogether];
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      const int word = first + k * kWarps, pixel = vector.own.begin * vector.width + word / vector.words(),
-                channel = word % vector.words() * 32 + lane;
-      keep[k] = word < words && channel < vector.channels &&
-                (!mask || mask[static_cast<int64_t>(pixel) * vector.channels + channel]);
+      const int word = first + k * kWarps, pixel = word / vector.mask_words(),
+                channel = word % vector.mask_words() * 32 + lane;
+      keep[k] = word < words && channel < vector.channels && mask[pixel * vector.channels + channel];
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       const int word = first + k * kWarps;
-      const uint32_t bits = __ballot_sync(kAllLanes, keep[k]);
-      if (lane == 0 && word < words) vector.mask()[word] = bits;
+      const uint32_t ballot = __ballot_sync(kAllLanes, keep[k]);
+      if (lane == 0 && word < words) bits[word] = ballot;
     }
   }
 }
 
-template <bool kFloat32>
+template <Precision kPrecision>
 __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_constant__ ConvolutionProblem problem,
                                                                   const __grid_constant__ Layout layout, int ranks) {
+  using Operator = Convolution<kPrecision>;
   auto* memory = dynamic_shared<unsigned char>();
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const ConvolutionGeometry& g = problem.geometry;
-  const int rank = ranks == 1 ? 0 : static_cast<int>(cluster_rank()), sample = static_cast<int>(blockIdx.x) / ranks;
-  const int64_t right_units = static_cast<int64_t>(g.in_height) * g.in_width * g.in_channels,
-                left_units = static_cast<int64_t>(g.out_height) * g.out_width * g.out_channels;
+  const Geometry g(problem.geometry, kPrecision);
+  const int rank = ranks == 1 ? 0 : static_cast<int>(cluster_rank()), cluster = static_cast<int>(blockIdx.x) / ranks,
+            clusters = static_cast<int>(gridDim.x) / ranks;
   if (threadIdx.x < 2) {
     const int side = static_cast<int>(threadIdx.x);
     Vector& vector = shared.vectors[side];
     vector.data_at = layout.data[side] / 4;
     vector.mask_at = layout.mask[side] / 4;
-    vector.slots = (side ? problem.left_slots : problem.right_slots) + sample * (side ? left_units : right_units);
-    vector.slot_stride = problem.batch * (side ? left_units : right_units);
     vector.frame = side ? left_frame(g, rank, ranks) : right_frame(g, rank, ranks);
     vector.own = band(side ? g.out_height : g.in_height, rank, ranks);
     vector.width = side ? g.out_width : g.in_width;
     vector.channels = side ? g.out_channels : g.in_channels;
+    vector.slot_words = slot_words(g, side);
+    vector.slots = (side ? problem.left_slots : problem.right_slots) +
+                   static_cast<int64_t>(cluster) * problem.iterations * vector.slot_words;
     vector.rows_of_rank = shared.rows_of_rank[side];
     for (int r = 0; r < ranks; ++r)
       shared.rows_of_rank[side][r] = side ? left_frame(g, r, ranks).rows : right_frame(g, r, ranks).rows;
@@ -699,30 +965,45 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
     }
   }
   __syncthreads();
-  for (int side = 0; side < 2; ++side) {
-    const uint8_t* mask = side ? problem.row_mask : problem.col_mask;
-    load_mask(shared.vectors[side], mask ? mask + sample * (side ? left_units : right_units) : nullptr);
-    // borders stay zero throughout
-    float* data = shared.vectors[side].data();
-    for (int i = threadIdx.x; i < shared.vectors[side].frame.floats(); i += kThreads) data[i] = 0;
+  for (int side = 0; side < 2; ++side) {  // borders stay zero throughout
+    uint32_t* data = shared.vectors[side].data();
+    for (int i = threadIdx.x; i < shared.vectors[side].frame.words(); i += kThreads) data[i] = 0;
   }
-  if (ranks > 1)
-    cluster_barrier();  // the other blocks have begun, and zeroed what will be written to
-  else
-    __syncthreads();
+  if (ranks > 1) cluster_barrier();  // the other blocks have begun, and zeroed what will be written to
 
-  Convolution<kFloat32> op{problem, shared, reinterpret_cast<float*>(memory + layout.ring), layout.ring_piece, sample,
-                           rank,    ranks};
-  for (int i = 0; i < kRing - 1; ++i) op.ask_for_piece();
-  golub_kahan(op, problem.iterations, kFloat32 ? 16 * 0x1p-23 : 0x1p-10, shared.small);
-  wait_for_copies<0>();
+  Operator op{problem, shared, reinterpret_cast<uint32_t*>(memory + layout.ring), layout.ring_piece, rank, ranks};
+  for (int64_t sample = cluster; sample < problem.batch; sample += clusters) {
+    for (int side = 0; side < 2; ++side) {
+      const Vector& vector = shared.vectors[side];
+      const uint8_t* mask = side ? problem.row_mask : problem.col_mask;
+      const int64_t size = static_cast<int64_t>(vector.width) * vector.channels * (side ? g.out_height : g.in_height);
+      load_mask(vector, mask ? mask + sample * size : nullptr);
+    }
+    __syncthreads();
+    op.begin(sample);
+    golub_kahan(op, problem.iterations, Operator::kRounding, shared.small);
+    wait_for_copies<0>();
+    __syncthreads();  // nobody's copies are under way into the ring
+  }
+}
+
+template <typename Run>
+void with_precision(Precision precision, Run run) {
+  switch (precision) {
+    case Precision::kFloat32:
+      return run(std::integral_constant<Precision, Precision::kFloat32>{});
+    case Precision::kTf32:
+      return run(std::integral_constant<Precision, Precision::kTf32>{});
+    case Precision::kBfloat16:
+      return run(std::integral_constant<Precision, Precision::kBfloat16>{});
+  }
 }
 
 // Blocks a sample: the fewest whose shared memory holds it, more where the batch would leave multiprocessors idle; 0
 // where not even the largest cluster does.
 unsigned cluster_for(const Geometry& g, int64_t batch) {
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const bool clusters = has_clusters(convolution_kernel<true>);
+  const bool clusters = has_clusters(convolution_kernel<Precision::kFloat32>);
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   unsigned chosen = 0;
   const int rows = smaller(g.in_height, g.out_height);  // every block has some
@@ -730,6 +1011,12 @@ unsigned cluster_for(const Geometry& g, int64_t batch) {
     if (Layout(g, ranks).bytes <= limit && (chosen == 0 || (batch * ranks <= multiprocessors && 2 * ranks <= rows)))
       chosen = static_cast<unsigned>(ranks);
   return chosen;
+}
+
+// As many as run at once, a block a multiprocessor.
+unsigned clusters_for(int64_t batch, unsigned ranks) {
+  const auto at_once = static_cast<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount)) / ranks;
+  return static_cast<unsigned>(std::min(batch, std::max<int64_t>(at_once, 1)));
 }
 
 int pieces_of(const Geometry& g) {
@@ -740,7 +1027,8 @@ int pieces_of(const Geometry& g) {
 
 }  // namespace
 
-bool convolution_fits(const ConvolutionGeometry& g, int64_t batch) {
+bool convolution_fits(const ConvolutionGeometry& geometry, Precision precision, int64_t batch) {
+  const Geometry g(geometry, precision);
   // far beyond any cluster, and below what the products of sizes here can hold
   constexpr int64_t kTooMany = 1 << 24;
   const int64_t padded = (int64_t{g.in_height} + 2 * g.pad_height) * (int64_t{g.in_width} + 2 * g.pad_width),
@@ -751,22 +1039,28 @@ bool convolution_fits(const ConvolutionGeometry& g, int64_t batch) {
   return g.stride_height <= kMaxStride && g.stride_width <= kMaxStride && cluster_for(g, batch) > 0;
 }
 
-int64_t packed_weight_floats(const ConvolutionGeometry& g) {
-  int64_t floats = 0;
+ConvolutionScratch convolution_scratch(const ConvolutionGeometry& geometry, Precision precision, int64_t batch,
+                                       int iterations) {
+  const Geometry g(geometry, precision);
+  const int64_t slots = static_cast<int64_t>(clusters_for(batch, cluster_for(g, batch))) * iterations;
+  int64_t packed = 0;
   for (int i = 0; i <= phases_of(g); ++i)
-    floats += static_cast<int64_t>(product_of(g, i).pieces()) * product_of(g, i).piece_size();
-  return floats;
+    packed += static_cast<int64_t>(product_of(g, i).pieces()) * product_of(g, i).piece_size();
+  return {packed, slots * slot_words(g, false), slots * slot_words(g, true)};
 }
 
-void masked_norm_convolution(const ConvolutionProblem& problem, const float* weight, bool float32, void* stream) {
-  const Geometry& g = problem.geometry;
-  launch("masked_norm, packing", pack_kernel, {dim3(pieces_of(g)), kThreads, kWarps * sizeof(float)}, stream, weight, g,
-         float32, problem.packed, problem.exponent);
-  const unsigned ranks = cluster_for(g, problem.batch);
+void masked_norm_convolution(const ConvolutionProblem& problem, const float* weight, Precision precision,
+                             void* stream) {
+  const Geometry g(problem.geometry, precision);
+  const unsigned ranks = cluster_for(g, problem.batch), clusters = clusters_for(problem.batch, ranks);
   const Layout layout(g, static_cast<int>(ranks));
-  launch("masked_norm, convolution", float32 ? convolution_kernel<true> : convolution_kernel<false>,
-         {dim3(static_cast<unsigned>(problem.batch) * ranks), kThreads, static_cast<size_t>(layout.bytes), ranks},
-         stream, problem, layout, static_cast<int>(ranks));
+  with_precision(precision, [&](auto kind) {
+    launch("masked_norm, packing", pack_kernel<kind()>, {dim3(pieces_of(g)), kThreads, kWarps * sizeof(float)}, stream,
+           weight, problem.geometry, problem.packed, problem.exponent);
+    launch("masked_norm, convolution", convolution_kernel<kind()>,
+           {dim3(clusters * ranks), kThreads, static_cast<size_t>(layout.bytes), ranks}, stream, problem, layout,
+           static_cast<int>(ranks));
+  });
 }
 
 }  // namespace locallip::cuda

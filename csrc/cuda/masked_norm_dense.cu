@@ -22,7 +22,7 @@ constexpr int kInFlight = 16;  // loads of a thread, which nothing else hides wh
 
 template <typename T>
 struct Shared {
-  SmallSvd small;
+  TopTriplet small;
   double scratch[kWarps];
   int survivors[2];  // columns, rows
   T partial[kThreads];
@@ -147,8 +147,9 @@ struct Dense {
     return normalise(false, step + 1);
   }
 
-  __device__ void finish(const SmallSvd& small, int count) {
-    const double sigma = count ? small.sigma[small.column[0]] : 0;
+  __device__ void finish(int count) {
+    const TopTriplet& small = shared.small;
+    const double sigma = count ? small.sigma : 0;
     if (threadIdx.x == 0) problem.sigma[sample] = static_cast<T>(sigma);
     for (int left = 0; left < 2; ++left) {
       const int n = left ? height : width, all = left ? problem.rows : problem.columns;
@@ -158,8 +159,7 @@ struct Dense {
         T value = 0;
         if (!(sigma == 0))
           for (int j = 0; j < count; ++j)
-            value += static_cast<T>(left ? small.a[j][small.column[0]] / sigma : small.v[j][small.column[0]]) *
-                     slot(left, j)[i];
+            value += static_cast<T>(left ? small.left[j] : small.right[j]) * slot(left, j)[i];
         x[i] = value;
         square += static_cast<double>(value) * static_cast<double>(value);
       }
@@ -234,14 +234,13 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
           sum += static_cast<double>(problem.weight[static_cast<int64_t>(i) * problem.columns + j]) *
                  static_cast<double>(problem.weight[static_cast<int64_t>(k) * problem.columns + j]);
     sum = warp_sum(sum);
-    if (lane == 0) shared.small.a[i][k] = shared.small.a[k][i] = sum;
+    if (lane == 0) shared.small.matrix[i][k] = shared.small.matrix[k][i] = sum;
   }
   __syncthreads();
-  if (threadIdx.x < kWarp) decompose_in_warp(shared.small, m);
+  if (threadIdx.x < kWarp) find_in_warp(shared.small, m);
   __syncthreads();
   // the eigenvector to the largest eigenvalue is the left singular vector; its image under A^T has the norm as length
-  const int top = shared.small.column[0];
-  const double eigenvalue = shared.small.sigma[top];
+  const double eigenvalue = shared.small.sigma;
   double square = 0;
   T* right = problem.right + sample * problem.columns;
   for (int j = threadIdx.x; j < problem.columns; j += kThreads) {
@@ -249,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
     if ((!col_mask || col_mask[j]) && !(eigenvalue == 0))
       for (int i = 0; i < m; ++i)
         if (!row_mask || row_mask[i])
-          sum += shared.small.v[i][top] *
+          sum += shared.small.right[i] *
                  static_cast<double>(problem.weight[static_cast<int64_t>(i) * problem.columns + j]);
     right[j] = static_cast<T>(sum);
     square += sum * sum;
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
   const double sigma = sqrt(block_sum<kThreads>(square, shared.scratch)), factor = sigma == 0 ? 0 : 1 / sigma;
   for (int j = threadIdx.x; j < problem.columns; j += kThreads) right[j] = static_cast<T>(right[j] * factor);
   if (threadIdx.x < static_cast<unsigned>(m))
-    problem.left[sample * m + threadIdx.x] = sigma == 0 ? T(0) : static_cast<T>(shared.small.v[threadIdx.x][top]);
+    problem.left[sample * m + threadIdx.x] = sigma == 0 ? T(0) : static_cast<T>(shared.small.right[threadIdx.x]);
   if (threadIdx.x == 0) problem.sigma[sample] = static_cast<T>(eigenvalue == eigenvalue ? sigma : eigenvalue);
 }
 

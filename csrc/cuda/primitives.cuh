@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace locallip::cuda {
 
@@ -32,21 +33,16 @@ __device__ inline void cluster_barrier() {
 }
 
 // Stores to the place in block `rank`'s shared memory that `here` is in one's own.
-__device__ inline void store_at_rank(float* here, unsigned rank, float value) {
+template <typename T>
+__device__ void store_at_rank(T* here, unsigned rank, T value) {
+  static_assert(sizeof(T) == 8);
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof(T));
   const auto own = static_cast<uint32_t>(__cvta_generic_to_shared(here));
   asm volatile(
       "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "st.shared::cluster.f32 [there], %2;\n\t}" ::"r"(own),
-      "r"(rank), "f"(value)
-      : "memory");
-}
-
-__device__ inline void store_at_rank(double* here, unsigned rank, double value) {
-  const auto own = static_cast<uint32_t>(__cvta_generic_to_shared(here));
-  asm volatile(
-      "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "st.shared::cluster.f64 [there], %2;\n\t}" ::"r"(own),
-      "r"(rank), "d"(value)
+      "st.shared::cluster.u64 [there], %2;\n\t}" ::"r"(own),
+      "r"(rank), "l"(bits)
       : "memory");
 }
 
@@ -74,10 +70,23 @@ __device__ inline SharedAddress shared_address(const void* place) {
   return address;
 }
 
-__device__ inline float load_shared(SharedAddress address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
-  return value;
+__device__ inline uint32_t load_shared(SharedAddress address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
+// Matrices of 8 rows of 4 words each, 2 or 4 of them, spread over a warp as the tensor instructions below want them:
+// lane 8 i + j says where row j of matrix i begins, a multiple of 16 bytes, and lane 4 g + t gets word t of row g of
+// each.
+__device__ inline void load_matrices(uint32_t (&words)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row));
+}
+
+__device__ inline void load_matrices(uint32_t (&words)[2], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(row));
 }
 
 // Copies 16 bytes from global to shared memory; there once its group has been waited for, by this thread alone.
@@ -101,15 +110,32 @@ __device__ inline uint32_t to_tf32(float x) {
   return rounded;
 }
 
-// c += a b for a 16 x 8 matrix a, 8 x 8 b, 16 x 8 c spread over a warp. Lane 4 g + t holds a at (g, t), (g + 8, t),
+// Two numbers in bfloat16, to the nearest, ties to even; `low` in the lower half of the word.
+__device__ inline uint32_t to_bfloat16(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// d = a b + c for a 16 x 8 matrix a, 8 x 8 b, 16 x 8 c spread over a warp. Lane 4 g + t holds a at (g, t), (g + 8, t),
 // (g, t + 4), (g + 8, t + 4); b at (t, g), (t + 4, g); c at (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
-// Volatile: it has to stay where all lanes of the warp meet.
-__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// Of a and b in bfloat16 an entry is two neighbours of twice the depth. Volatile: it has to stay where all lanes of the
+// warp meet.
+__device__ inline void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                    const float (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 __device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -125,7 +151,9 @@ T* dynamic_shared() {
 using emulation::cluster_barrier;
 using emulation::cluster_rank;
 using emulation::commit_copies;
+using emulation::mma_bfloat16;
 using emulation::mma_tf32;
+using emulation::to_bfloat16;
 using emulation::to_tf32;
 
 inline float as_float(uint32_t bits) { return emulation::float_of(bits); }
@@ -133,13 +161,19 @@ inline uint32_t as_bits(float x) { return emulation::bits_of(x); }
 
 template <typename T>
 void store_at_rank(T* here, unsigned rank, T value) {
+  static_assert(sizeof(T) == 8);
   *static_cast<T*>(emulation::at_rank(here, rank)) = value;
 }
 
 using SharedAddress = uintptr_t;
 
 inline SharedAddress shared_address(const void* place) { return reinterpret_cast<SharedAddress>(place); }
-inline float load_shared(SharedAddress address) { return *reinterpret_cast<const float*>(address); }
+inline uint32_t load_shared(SharedAddress address) { return *reinterpret_cast<const uint32_t*>(address); }
+
+template <int kCount>
+void load_matrices(uint32_t (&words)[kCount], SharedAddress row) {
+  emulation::load_matrices(words, kCount, row);
+}
 
 inline void copy_async(void* to, const void* from) { emulation::copy_async(to, from, 16); }
 

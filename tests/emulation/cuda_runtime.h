@@ -37,6 +37,14 @@ struct alignas(8) float2 {
   float x, y;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 namespace emulation {
 
 constexpr int kWarp = 32;
@@ -81,6 +89,8 @@ T fetched(const Slot& slot) {
   return value;
 }
 
+[[noreturn]] void misaligned(const char* what);
+
 // Copies that happen as late as they may: when their group is waited for.
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
@@ -98,14 +108,34 @@ inline uint32_t bits_of(float x) {
   return bits;
 }
 
+// Of `count` matrices of 8 rows of 16 bytes, whose addresses the lanes bring, the words that are this lane's.
+inline void load_matrices(uint32_t* words, int count, uintptr_t row) {
+  const Slot* rows = exchange(0xFFFFFFFFu, &row, sizeof(row), "ldmatrix");
+  for (int i = 0; i < count; ++i) {
+    const auto from = fetched<uintptr_t>(rows[8 * i + lane() / 4]);
+    if (from % 16) misaligned("ldmatrix");
+    words[i] = reinterpret_cast<const uint32_t*>(from)[lane() % 4];
+  }
+}
+
 // Nearest, ties away from zero, as cvt.rna.tf32.
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = bits_of(x);
   return (bits & 0x7F800000u) == 0x7F800000u ? bits : (bits + 0x1000u) & ~0x1FFFu;
 }
 
-// mma.m16n8k8 with tf32 operands.
-void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+// cvt.rn.bf16x2: nearest, ties to even; NaN has one form.
+inline uint32_t to_bfloat16(float low, float high) {
+  const auto upper_half = [](float x) {
+    const uint32_t bits = bits_of(x);
+    return x != x ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+  };
+  return upper_half(low) | upper_half(high) << 16;
+}
+
+// mma.m16n8k8 with tf32 operands, mma.m16n8k16 with bfloat16 ones.
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]);
+void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]);
 
 // Objects, because macros would replace the members of CUDA's structs that have the same names.
 template <auto of>
@@ -179,7 +209,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(emulation::shared_limit)
            : attribute == cudaDevAttrComputeCapabilityMajor     ? 9
-                                                                : 3;
+                                                                : 2;  // fewer than samples
   return cudaSuccess;
 }
 

@@ -257,9 +257,13 @@ const Slot* exchange(uint32_t mask, const void* value, size_t bytes, const char*
   return warp.slots[parity];
 }
 
+void misaligned(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s: ", what);
+  fail("an address that is not aligned");
+}
+
 void copy_async(void* to, const void* from, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
-    fail("an asynchronous copy between unaligned addresses");
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) misaligned("cp.async");
   current->copies.back().push_back({to, from, bytes});
 }
 
@@ -275,24 +279,40 @@ void wait_for_copies(size_t but_last) {
   }
 }
 
-void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+namespace {
+
+// operand(word, k): number k of those that a word of an operand holds
+template <typename Operand>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], int numbers,
+         Operand operand) {
   const uint32_t own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const Slot* slots = exchange(0xFFFFFFFFu, own, sizeof(own), "mma");
-  // the unit ignores the low 13 bits of what it is given
-  const auto operand = [&](int lane, int i) {
+  const auto word = [&](int lane, int i) {
     uint32_t bits;
     std::memcpy(&bits, slots[lane].bytes + 4 * i, 4);
-    return float_of(bits & ~0x1FFFu);
+    return bits;
   };
   const int g = current->lane() / 4, t = current->lane() % 4;
   for (int i = 0; i < 4; ++i) {
     double sum = c[i];
-    for (int k = 0; k < 8; ++k)
-      sum += static_cast<double>(operand(g * 4 + k % 4, i / 2 + k / 4 * 2)) *
-             operand((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
-    c[i] = static_cast<float>(sum);
-    if (std::fabs(static_cast<double>(c[i])) > std::fabs(sum)) c[i] = std::nextafter(c[i], 0.0f);  // toward zero
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t left = word(g * 4 + k % 4, i / 2 + k / 4 * 2), right = word((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
+      for (int n = 0; n < numbers; ++n) sum += static_cast<double>(operand(left, n)) * operand(right, n);
+    }
+    d[i] = static_cast<float>(sum);
+    if (std::fabs(static_cast<double>(d[i])) > std::fabs(sum)) d[i] = std::nextafter(d[i], 0.0f);  // toward zero
   }
+}
+
+}  // namespace
+
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  // the unit ignores the low 13 bits of what it is given
+  mma(d, a, b, c, 1, [](uint32_t word, int) { return float_of(word & ~0x1FFFu); });
+}
+
+void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  mma(d, a, b, c, 2, [](uint32_t word, int n) { return float_of(n ? word & 0xFFFF0000u : word << 16); });
 }
 
 }  // namespace emulation

@@ -28,8 +28,9 @@ enum Fault {
 
 // out[block] = the sum of the 96 values that `mask` keeps, over both blocks of a cluster.
 __global__ void sum_kernel(const float* values, const unsigned char* mask, float* out, Fault fault) {
-  auto* shared = dynamic_shared<float>();  // [kThreads] values, [kThreads / 4] per four, [2] per block
-  float *sums = shared + kThreads, *of_blocks = sums + kThreads / 4;
+  auto* shared = dynamic_shared<float>();  // [kThreads] values, [kThreads / 4] per four, [2] per block, in double
+  float* sums = shared + kThreads;
+  auto* of_blocks = reinterpret_cast<double*>(sums + kThreads / 4);
   const int i = static_cast<int>(threadIdx.x);
   if (fault != kMissingFirstBarrier) cluster_barrier();
   const float* from = values + static_cast<int>(blockIdx.x) * kThreads;
@@ -52,12 +53,13 @@ __global__ void sum_kernel(const float* values, const unsigned char* mask, float
   }
   if (fault != kMissingBarrier) __syncthreads();
   if (i == 0) {
-    float total = 0;
+    double total = 0;
     for (int k = 0; k < kThreads / 4; ++k) total += sums[k];
     for (unsigned rank = 0; rank < 2; ++rank) store_at_rank(of_blocks + cluster_rank(), rank, total);
   }
   if (fault != kMissingClusterBarrier) cluster_barrier();
-  if (i == 0) out[static_cast<int>(blockIdx.x) + (fault == kGlobalOverrun ? 2 : 0)] = of_blocks[0] + of_blocks[1];
+  if (i == 0) out[static_cast<int>(blockIdx.x) + (fault == kGlobalOverrun ? 2 : 0)] =
+      static_cast<float>(of_blocks[0] + of_blocks[1]);
 }
 
 }  // namespace
@@ -76,7 +78,7 @@ int main(int, char** arguments) {
       mask[i] = i % 3 == 0;
       expected += mask[i] ? values[i] : 0;
     }
-    launch("sum", sum_kernel, {dim3(2), kThreads, (kThreads + kThreads / 4 + 2) * sizeof(float), 2}, nullptr,
+    launch("sum", sum_kernel, {dim3(2), kThreads, (kThreads + kThreads / 4 + 4) * sizeof(float), 2}, nullptr,
            values.data(), mask.data(), out.data(), fault);
     wrong += out[0] != expected || out[1] != expected;
   }
