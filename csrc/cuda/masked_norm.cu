@@ -191,12 +191,12 @@ struct Extension {
             const Units own = masked(read);
 #pragma unroll
             for (int u = 0; u < kUnits; ++u) {
-              const double x = own.v[u], y = last ? read.last.v[u] : T(0);
-              sums[0] += x * x;
-              sums[1] += x * y;
-              sums[2] += y * y;
+              const double a = own.v[u], b = last ? read.last.v[u] : T(0);
+              sums[0] += a * a;
+              sums[1] += a * b;
+              sums[2] += b * b;
             }
-            if (held > 0) store<kUnits>(this->x + i, own);
+            if (held > 0) store<kUnits>(x + i, own);
             if (held > 1 && last) store<kUnits>(last_on_chip + i, read.last);
           });
     sum(sums, 3);
@@ -211,16 +211,16 @@ struct Extension {
     sweep(
         [&](int64_t i) {
           Both both;
-          both.own = held > 0 ? load<kUnits>(this->x + i) : masked(read(i, nullptr));
+          both.own = held > 0 ? load<kUnits>(x + i) : masked(read(i, nullptr));
           if (last) both.last = load<kUnits>(last_again + i);
           return both;
         },
         [&](int64_t i, Both& both) {
 #pragma unroll
           for (int u = 0; u < kUnits; ++u) {
-            double x = both.own.v[u];
-            if (last) x -= part * both.last.v[u];
-            both.own.v[u] = vanished ? T(0) : static_cast<T>(x * factor);
+            double unit = both.own.v[u];
+            if (last) unit -= part * both.last.v[u];
+            both.own.v[u] = vanished ? T(0) : static_cast<T>(unit * factor);
           }
           write(i, both.own);
         });
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kExtending, 2)
   Extension<T, V, kUnits> extension{basis + at,
                                     vector + at,
                                     mask ? mask + at : nullptr,
-                                    copy + at,
+                                    copy ? copy + at : nullptr,
                                     share.held > 0 ? on_chip : basis + count * slot_stride + at,
                                     on_chip + share.units,
                                     left < share.units ? left : share.units,
