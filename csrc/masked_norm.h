@@ -38,9 +38,18 @@ LOCALLIP_INLINE float pseudo_random(uint32_t index, uint32_t seed) {
 // the top singular vector is left again.
 enum class Breakdown { kDrop, kReplace };
 
+// The vectors of its basis that a new one is orthogonalised against. The last is enough in exact arithmetic; by
+// rounding the others have a part in a vector once a singular value has converged, which can give a singular vector
+// twice and the value still once, as long as all vectors of both bases go this way. One that vanishes then ends the
+// space, whatever its breakdown: zero, as all that follow. Many steps, as restarts make them, want all vectors, twice.
+enum class Against { kLast, kAll, kAllTwice };
+
+// Which it is, for the longer of the two vectors and without a restart: short ones cost little.
+constexpr Against against_for(int64_t length) { return length > 2048 ? Against::kLast : Against::kAll; }
+
 // A vector whose squared length falls below this share in its orthogonalisation lost digits there, and is
 // orthogonalised once more. What is left of the loss grows by at most a factor 1.4 a step: harmless before a restart,
-// fatal over many, so that a restarted solver always goes twice.
+// fatal over many.
 constexpr double kReorthogonalise = 0.5;
 
 #define LOCALLIP_DECLARE_MASKED_NORM(STREAM)                                                                           \
@@ -49,13 +58,13 @@ constexpr double kReorthogonalise = 0.5;
   template <typename scalar_t>                                                                                         \
   void start_basis(scalar_t* basis, const scalar_t* start, bool start_per_sample, const uint8_t* mask, int64_t batch,  \
                    int64_t length STREAM);                                                                             \
-  /* basis[count] = unit(mask * vector - its part in basis[0..count)); `vector` may be overwritten.                */  \
-  /* Orthogonalised `twice`, or once where that leaves the vector long enough; then, on the CPU, a long            */  \
-  /* one against the last of the basis alone.                                                                      */  \
-  /* projected, if not null, gets its coefficients as column `count` of [sample][kWindow][kWindow].                */  \
-  template <typename scalar_t>                                                                                         \
-  void extend_basis(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int count, int64_t batch, int64_t length,  \
-                    Breakdown breakdown, bool twice, uint32_t seed, double* projected STREAM);                         \
+  /* basis[count] = unit(mask * vector - its part in basis[0..count)), and that in vector_t in `copy`, if it is  */    \
+  /* another type: uint16_t, the bits of bfloat16. projected, if not null, gets its coefficients as column `count` */  \
+  /* of [sample][kWindow][kWindow]. */                                                                                 \
+  template <typename scalar_t, typename vector_t>                                                                      \
+  void extend_basis(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int count, int64_t batch,            \
+                    int64_t length, Breakdown breakdown, Against against, uint32_t seed, double* projected,            \
+                    vector_t* copy STREAM);                                                                            \
   /* Singular value decomposition of the leading count x count block of `projected`: rotations [sample][kept][kWindow] \
    */                                                                                                                  \
   /* hold the leading right and left vectors, sigma [sample] the largest value; all zero where that is zero. */        \
@@ -71,10 +80,8 @@ constexpr double kReorthogonalise = 0.5;
 namespace cpu {
 LOCALLIP_DECLARE_MASKED_NORM()
 
-// extend_basis of a vector in bfloat16, by its bits, with a copy in it of what the basis gets.
-void extend_basis_in_bfloat16(float* basis, const uint16_t* vector, const uint8_t* mask, int count, int64_t batch,
-                              int64_t length, Breakdown breakdown, bool twice, uint32_t seed, double* projected,
-                              uint16_t* copy);
+// Whether the processor has instructions for products in bfloat16.
+bool has_bfloat16();
 }  // namespace cpu
 
 // ---- on a GPU ----------------------------------------------------------------------------------------------------------
@@ -123,6 +130,8 @@ struct DenseProblem {
 namespace cuda {
 #define LOCALLIP_COMMA_STREAM , void* stream
 LOCALLIP_DECLARE_MASKED_NORM(LOCALLIP_COMMA_STREAM)
+
+bool has_bfloat16();
 
 // Whether one kernel can run all iterations on chip (at most kWindow - 1), and that kernel.
 bool convolution_fits(const ConvolutionGeometry& geometry, Precision precision, int64_t batch);

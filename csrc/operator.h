@@ -37,16 +37,6 @@ inline bool tf32_is_wanted() {
   }
 }
 
-// Whether products in bfloat16 are any faster: without instructions for it they are slower.
-inline bool bfloat16_is_fast(const Tensor& weight) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(LOCALLIP_EMULATED_CUDA)
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has && weight.is_cpu() && weight.scalar_type() == at::kFloat;
-#else
-  return false;
-#endif
-}
-
 // The guard is heard by cuBLAS alone; cuDNN is told in every call (Operator).
 struct Tf32OnRequest : NoAutocast {
   std::optional<at::NoTF32Guard> no_tf32;
@@ -141,11 +131,15 @@ struct Operator {
     return at::get_num_threads() * std::max<int64_t>(1, (int64_t{1} << 18) / length);
   }
 
-  // Times a power of two that brings its largest weight near 1: bfloat16's instructions take denormal numbers for 0.
+  // By a power of two, which brings its largest weight near 1: bfloat16's instructions take denormal numbers for 0.
+  // Found without a wait for the device.
   Operator in_bfloat16() const {
-    const float largest = weight.numel() ? weight.abs().amax().item<float>() : 0;
-    const int exponent = largest > 0 && std::isfinite(largest) ? std::clamp(std::ilogb(largest), -126, 126) : 0;
-    return {(weight * std::ldexp(1.0f, -exponent)).to(at::kBFloat16), stride, padding, dilation, groups};
+    Tensor scaled = weight;
+    if (weight.numel()) {
+      const Tensor bits = weight.abs().amax().view(at::kInt).bitwise_and(0x7F800000);  // the exponent's alone
+      scaled = weight / bits.view(at::kFloat).clamp(0x1p-126, 0x1p126);
+    }
+    return {scaled.to(at::kBFloat16), stride, padding, dilation, groups};
   }
 
   std::vector<int64_t> output_sizes(IntArrayRef input) const {

@@ -14,6 +14,11 @@
 
 namespace locallip {
 
+// Whether products in bfloat16 are any faster: without instructions for it they are slower.
+inline bool bfloat16_is_fast(const Tensor& weight) {
+  return weight.scalar_type() == at::kFloat && LOCALLIP_HOST_RUN(weight, has_bfloat16);
+}
+
 // Orthonormal vectors of a group of samples: [slot][sample][...], each slot laid out as the operator wants it. A
 // smaller group uses the same memory with its slots closer together, as the kernels address them. Products take the
 // newest vector, or a copy of it in bfloat16.
@@ -34,19 +39,17 @@ struct Basis {
 
   // The kernel of that name on `vector`, which a product gave.
   template <typename scalar_t>
-  void extend(const Tensor& vector, const uint8_t* mask, int count, int64_t samples, Breakdown breakdown, bool twice,
-              uint32_t seed, double* projected) const {
-    auto* basis = slots.mutable_data_ptr<scalar_t>();
-    const int64_t length = vector.numel() / samples;
-#ifndef LOCALLIP_EMULATED_CUDA
+  void extend(const Tensor& vector, const uint8_t* mask, int count, int64_t samples, Breakdown breakdown,
+              Against against, uint32_t seed, double* projected) const {
+    const auto run = [&](const auto* given, auto* narrow) {
+      LOCALLIP_RUN(slots, extend_basis, slots.mutable_data_ptr<scalar_t>(), given, mask, count, samples,
+                   vector.numel() / samples, breakdown, against, seed, projected, narrow);
+    };
     if constexpr (std::is_same_v<scalar_t, float>)
       if (vector.scalar_type() == at::kBFloat16)
-        return cpu::extend_basis_in_bfloat16(basis, static_cast<const uint16_t*>(vector.const_data_ptr()), mask, count,
-                                             samples, length, breakdown, twice, seed, projected,
-                                             static_cast<uint16_t*>(copy.mutable_data_ptr()));
-#endif
-    LOCALLIP_RUN(slots, extend_basis, basis, vector.mutable_data_ptr<scalar_t>(), mask, count, samples, length,
-                 breakdown, twice, seed, projected);
+        return run(static_cast<const uint16_t*>(vector.const_data_ptr()),
+                   static_cast<uint16_t*>(copy.mutable_data_ptr()));
+    run(vector.const_data_ptr<scalar_t>(), static_cast<scalar_t*>(nullptr));
   }
 
  private:
@@ -107,6 +110,7 @@ void stream_norm(NormProblem& in, const Map& map, bool bfloat16) {
   const int64_t at_once = std::min(in.batch, map.samples_at_once(std::max(rows, columns)));
   const int64_t window = std::min<int64_t>(iterations + 1, kWindow);
   const bool restarts = iterations + 1 > kWindow;
+  const Against against = restarts ? Against::kAllTwice : against_for(std::max(rows, columns));
   std::optional<Map> narrow;
   if (bfloat16 && bfloat16_is_fast(map.weight())) narrow = map.in_bfloat16();
   const Map& iterated = narrow ? *narrow : map;
@@ -136,11 +140,11 @@ void stream_norm(NormProblem& in, const Map& map, bool bfloat16) {
       int count = 0;
       for (int64_t step = 0;; ++step) {
         iterated.apply_into(image, right.newest(count, samples), first);
-        left.extend<scalar_t>(image, row_bytes, count, samples, Breakdown::kDrop, restarts, 0, small);
+        left.extend<scalar_t>(image, row_bytes, count, samples, Breakdown::kDrop, against, 0, small);
         ++count;
         if (step == iterations) break;
         iterated.adjoint_into(back, left.newest(count - 1, samples), right.newest(0, samples), first);
-        right.extend<scalar_t>(back, col_bytes, count, samples, Breakdown::kReplace, restarts,
+        right.extend<scalar_t>(back, col_bytes, count, samples, Breakdown::kReplace, against,
                                static_cast<uint32_t>(step + 1), nullptr);
         if (count < kWindow) continue;
         // thick restart: the leading Ritz vectors stay, and the direction just found follows them
@@ -157,7 +161,7 @@ void stream_norm(NormProblem& in, const Map& map, bool bfloat16) {
         map.apply_into(image = at::empty({0}, in.options()), in.right.narrow(0, first, samples), first);
         projected.zero_();
         count = 0;
-        left.extend<scalar_t>(image, row_bytes, count++, samples, Breakdown::kDrop, false, 0, small);
+        left.extend<scalar_t>(image, row_bytes, count++, samples, Breakdown::kDrop, against, 0, small);
         LOCALLIP_RUN(map.weight(), decompose, small, count, 1, samples, right_turn, left_turn, value);
       }
       LOCALLIP_RUN(map.weight(), rotate_basis, p, left_turn, count, 1, samples, rows,

@@ -17,9 +17,6 @@ namespace locallip::cpu {
 namespace {
 
 // Elements swept at once: the block of the vector stays in the first-level cache while every basis vector passes.
-// A vector that is longer, and is not restarted from, is orthogonalised against the last one of its basis alone, as on
-// a GPU's chip: the others have next to no part in it but for rounding, which can give a singular vector twice and the
-// value still once.
 constexpr int64_t kBlock = 2048;
 
 // Elements whose products may be summed in float: a lane of a vector adds few enough of them that the sum is right to a
@@ -199,10 +196,11 @@ bool extend_by_last(const vector_t* x, const uint8_t* mask, const scalar_t* last
 
 template <typename scalar_t, typename vector_t>
 void extend(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int count, int64_t batch, int64_t length,
-            Breakdown breakdown, bool twice, uint32_t seed, double* projected, vector_t* copy) {
+            Breakdown breakdown, Against against, uint32_t seed, double* projected, vector_t* copy) {
   const int64_t slot_stride = batch * length;
   const double noise = 16.0 * std::numeric_limits<scalar_t>::epsilon();
-  const int first = twice || length <= kBlock ? 0 : std::max(count - 1, 0);
+  const int first = against == Against::kLast ? std::max(count - 1, 0) : 0;
+  const bool twice = against == Against::kAllTwice;
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const vector_t* given = vector + b * length;
@@ -229,7 +227,7 @@ void extend(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int co
         if (norm <= noise * std::sqrt(before)) {
           norm = 0;
           after = 0;
-          if (breakdown == Breakdown::kReplace) {
+          if (breakdown == Breakdown::kReplace && against != Against::kLast) {
             randomise(x, own_mask, static_cast<uint32_t>(b * length), seed, length);
             const double drawn = orthogonalise<scalar_t>(x, own, slot_stride, count, length, nullptr, &after);
             orthogonalise<scalar_t>(x, own, slot_stride, count, length, nullptr, &after);
@@ -252,6 +250,15 @@ void extend(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int co
 }
 
 }  // namespace
+
+bool has_bfloat16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
 
 template <typename scalar_t>
 void start_basis(scalar_t* basis, const scalar_t* start, bool start_per_sample, const uint8_t* mask, int64_t batch,
@@ -292,17 +299,13 @@ void start_basis(scalar_t* basis, const scalar_t* start, bool start_per_sample, 
   });
 }
 
-template <typename scalar_t>
-void extend_basis(scalar_t* basis, scalar_t* vector, const uint8_t* mask, int count, int64_t batch, int64_t length,
-                  Breakdown breakdown, bool twice, uint32_t seed, double* projected) {
-  extend<scalar_t, scalar_t>(basis, vector, mask, count, batch, length, breakdown, twice, seed, projected, nullptr);
-}
-
-void extend_basis_in_bfloat16(float* basis, const uint16_t* vector, const uint8_t* mask, int count, int64_t batch,
-                              int64_t length, Breakdown breakdown, bool twice, uint32_t seed, double* projected,
-                              uint16_t* copy) {
-  extend(basis, reinterpret_cast<const c10::BFloat16*>(vector), mask, count, batch, length, breakdown, twice, seed,
-         projected, reinterpret_cast<c10::BFloat16*>(copy));
+template <typename scalar_t, typename vector_t>
+void extend_basis(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int count, int64_t batch,
+                  int64_t length, Breakdown breakdown, Against against, uint32_t seed, double* projected,
+                  vector_t* copy) {
+  using number_t = std::conditional_t<std::is_same_v<vector_t, uint16_t>, c10::BFloat16, vector_t>;
+  extend(basis, reinterpret_cast<const number_t*>(vector), mask, count, batch, length, breakdown, against, seed,
+         projected, reinterpret_cast<number_t*>(copy));
 }
 
 template <typename scalar_t>
@@ -340,11 +343,16 @@ void rotate_basis(const scalar_t* basis, const double* rotation, int count, int 
   });
 }
 
-#define LOCALLIP_INSTANTIATE(scalar_t)                                                                               \
-  template void start_basis(scalar_t*, const scalar_t*, bool, const uint8_t*, int64_t, int64_t);                     \
-  template void extend_basis(scalar_t*, scalar_t*, const uint8_t*, int, int64_t, int64_t, Breakdown, bool, uint32_t, \
-                             double*);                                                                               \
-  template void decompose(double*, int, int, int64_t, double*, double*, scalar_t*);                                  \
+#define LOCALLIP_INSTANTIATE_EXTEND(scalar_t, vector_t)                                                             \
+  template void extend_basis(scalar_t*, const vector_t*, const uint8_t*, int, int64_t, int64_t, Breakdown, Against, \
+                             uint32_t, double*, vector_t*);
+LOCALLIP_INSTANTIATE_EXTEND(float, float)
+LOCALLIP_INSTANTIATE_EXTEND(float, uint16_t)
+LOCALLIP_INSTANTIATE_EXTEND(double, double)
+
+#define LOCALLIP_INSTANTIATE(scalar_t)                                                           \
+  template void start_basis(scalar_t*, const scalar_t*, bool, const uint8_t*, int64_t, int64_t); \
+  template void decompose(double*, int, int, int64_t, double*, double*, scalar_t*);              \
   template void rotate_basis(const scalar_t*, const double*, int, int, int64_t, int64_t, scalar_t*);
 LOCALLIP_INSTANTIATE(float)
 LOCALLIP_INSTANTIATE(double)

@@ -140,11 +140,12 @@ def masked_norm(
     The value is the largest singular value of the masked operator on a Krylov space of A^T A with ``iterations + 1``
     dimensions (Golub-Kahan-Lanczos with full orthogonalisation, restarted past 16 dimensions), so it is never above the
     true norm but for rounding. It is an estimate for training, not a certificate: that is :func:`masked_norm_bound`.
-    Kernels that stay on a GPU's chip, and a CPU's, orthogonalise long vectors of at most 15 iterations against the last
-    one alone: the same but for rounding. On a GPU that is TF32's for float32 weights, about 1e-3, where
+    Long vectors of at most 15 iterations, and all in kernels that stay on a GPU's chip, are orthogonalised against the
+    last one alone: the same but for rounding. On a GPU that is TF32's for float32 weights, about 1e-3, where
     ``torch.backends.cuda.matmul.allow_tf32`` or ``torch.set_float32_matmul_precision`` asks for it. Under autocast to
-    bfloat16 a CPU that has instructions for it finds the right singular vectors in bfloat16, and their values, which
-    may be a thousandth lower for it and no higher, by a product in float32.
+    bfloat16 a CPU that has instructions for it, and a GPU where the layer does not fit on its chip, find the right
+    singular vectors in bfloat16, and their values, which may be a thousandth lower for it and no higher, by a product
+    in float32.
 
     Args:
         weight: (m, n), or (Cout, Cin/groups, *kernel) for a zero-padded convolution over one to three dimensions;

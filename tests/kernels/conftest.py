@@ -52,6 +52,12 @@ def code_for_compute_80() -> Iterator[None]:
 
 
 @pytest.fixture
+def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No norm is taken by a kernel that stays on chip."""
+    monkeypatch.setenv("LOCALLIP_STREAMING", "1")
+
+
+@pytest.fixture
 def autocast() -> Iterator[None]:
     with torch.autocast(DEVICE, torch.bfloat16):
         yield

@@ -101,6 +101,52 @@ def test_dense_iterations(device: str, iterations: int, dtype: torch.dtype) -> N
     check(weight, rows, columns, [3, 50], NO_CONV, iterations, device, 1e-5 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.usefixtures("streaming")
+@pytest.mark.parametrize("shape", [(1, 33), (33, 31), (40, 129), (300, 600)], ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_dense_streaming(device: str, shape: tuple[int, int], kind: str) -> None:
+    """As many iterations as there are without a restart, by the last vector alone: most have the whole space before."""
+    weight = torch.randn(shape, generator=generator(0))
+    rows, columns = masks(kind, 3, [shape[0]], [shape[1]])
+    batch = 1 if kind == "none" else 3
+    check(weight, rows, columns, [batch, shape[1]], NO_CONV, 15, device, 1e-5)
+
+
+@pytest.mark.usefixtures("streaming")
+@pytest.mark.parametrize("iterations", [4, 15])
+@pytest.mark.parametrize("ratio", [0.9, 0.5, 1e-3, 0])
+@pytest.mark.parametrize("shape", [(60, 90), (30, 2500), (2501, 30)], ids=str)
+def test_falling_singular_values(device: str, shape: tuple[int, int], ratio: float, iterations: int) -> None:
+    """Vectors lose any share of their length to the last ones, all of it included; no value rises for it."""
+    u, _ = torch.linalg.qr(torch.randn(shape[0], 30, generator=generator(0)))
+    v, _ = torch.linalg.qr(torch.randn(shape[1], 30, generator=generator(1)))
+    weight = u * torch.tensor(ratio) ** torch.arange(30) @ v.T
+    start = (v.T[:2] + 1e-3 * v.T[1:3]).contiguous()
+    check(weight, None, None, [2, shape[1]], NO_CONV, iterations, device, 1e-5, start)
+
+
+@pytest.mark.usefixtures("streaming")
+@pytest.mark.parametrize(
+    ("length", "iterations"), [(5000, 6), (5001, 6), (12003, 6), (25000, 6), (31001, 6), (5001, 17), (31000, 17)]
+)
+@pytest.mark.parametrize("wide", [True, False])
+def test_long_vectors(device: str, length: int, iterations: int, wide: bool, shared_limit: Any) -> None:
+    """Beyond a block's shared memory: in clusters with the last vector, without it, and in none."""
+    shared_limit(18400)
+    weight = torch.randn(20, length, generator=generator(0)) * 0.97 ** torch.arange(20).unsqueeze(1)
+    weight = weight if wide else weight.T.contiguous()
+    rows, columns = masks("random", 2, [weight.shape[0]], [weight.shape[1]])
+    check(weight, rows, columns, [2, weight.shape[1]], NO_CONV, iterations, device, 1e-5)
+
+
+@pytest.mark.usefixtures("streaming", "code_for_compute_80")
+@pytest.mark.parametrize("length", [1000, 3000, 5000])
+def test_long_vectors_without_clusters(device: str, length: int, shared_limit: Any) -> None:
+    shared_limit(18400)
+    weight = torch.randn(20, length, generator=generator(0))
+    check(weight, *masks("random", 2, [20], [length]), [2, length], NO_CONV, 6, device, 1e-5)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_dense_far_from_one(device: str, scale: float) -> None:
     weight = torch.randn(35, 50, generator=generator(0)) * scale
@@ -109,8 +155,12 @@ def test_dense_far_from_one(device: str, scale: float) -> None:
 
 @pytest.mark.parametrize("shape", [(20, 30), (12, 30), (30, 20, 3, 3)], ids=str)
 @pytest.mark.parametrize("iterations", [4, 30])
-def test_rank_one(device: str, shape: tuple[int, ...], iterations: int) -> None:
+@pytest.mark.parametrize("streaming", ["", "1"])
+def test_rank_one(
+    device: str, shape: tuple[int, ...], iterations: int, streaming: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Krylov space is exhausted after one step, and what follows is rounding."""
+    monkeypatch.setenv("LOCALLIP_STREAMING", streaming)
     a, b = torch.randn(shape[0], generator=generator(0)), torch.randn(shape[1], generator=generator(1))
     weight = torch.outer(a, b)
     if len(shape) == 2:
@@ -265,12 +315,54 @@ def test_convolution_by_vectors_in_bfloat16(
 
 @pytest.mark.usefixtures("autocast")
 @pytest.mark.parametrize("shape", DENSE, ids=str)
-@pytest.mark.parametrize(("kind", "iterations"), [("random", 4), ("empty", 4), ("none", 30)])
-def test_dense_by_vectors_in_bfloat16(device: str, shape: tuple[int, int], kind: str, iterations: int) -> None:
+@pytest.mark.parametrize(("kind", "iterations"), [("random", 4), ("empty", 4), ("one bit", 15), ("none", 30)])
+@pytest.mark.parametrize("streaming", ["", "1"])
+def test_dense_by_vectors_in_bfloat16(
+    device: str,
+    shape: tuple[int, int],
+    kind: str,
+    iterations: int,
+    streaming: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCALLIP_STREAMING", streaming)
     weight = torch.randn(shape, generator=generator(0))
     rows, columns = masks(kind, 3, [shape[0]], [shape[1]])
     batch = 1 if kind == "none" else 3
     check(weight, rows, columns, [batch, shape[1]], NO_CONV, iterations, device, 1e-5, lost=3e-3)
+
+
+@pytest.mark.usefixtures("autocast", "streaming")
+@pytest.mark.parametrize("length", [5000, 12001, 25000, 31000])
+def test_long_vectors_in_bfloat16(device: str, length: int, shared_limit: Any) -> None:
+    shared_limit(18400)
+    weight = torch.randn(20, length, generator=generator(0)) * 0.97 ** torch.arange(20).unsqueeze(1)
+    check(weight, *masks("random", 2, [20], [length]), [2, length], NO_CONV, 6, device, 1e-5, lost=3e-3)
+
+
+@pytest.mark.usefixtures("streaming")
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("kind", ["one bit", "random", "rows"])
+def test_long_convolution(device: str, kind: str, narrow: bool) -> None:
+    """Both sides by the last vector alone, though the left one is short."""
+    with torch.autocast(device, torch.bfloat16, enabled=narrow):
+        convolve(device, (3, 4, (5, 5), (4, 4), (1, 1), (32, 32)), kind, 15, lost=3e-3 if narrow else None)
+
+
+@pytest.mark.usefixtures("streaming")
+def test_autocast_is_heard(device: str) -> None:
+    """The right vectors are bfloat16's, where that is fast, and the values float32's of them."""
+    if device == "cpu" and not os.environ.get("LOCALLIP_EMULATION"):
+        pytest.skip("a CPU may have no instructions for bfloat16")
+    weight = torch.randn(40, 129, generator=generator(0)).to(device)
+    arguments = (weight, None, None, None, [1, 129], *NO_CONV, 6)
+    exact, right, _ = ops.masked_norm(*arguments)
+    with torch.autocast(device, torch.bfloat16):
+        sigma, narrow, left = ops.masked_norm(*arguments)
+    assert 1e-4 < (right - narrow).norm() < 0.1
+    torch.testing.assert_close(sigma, (narrow @ weight.T).norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sigma, exact, rtol=1e-3, atol=0)
+    torch.testing.assert_close(left, narrow @ weight.T / sigma, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("autocast")
@@ -287,15 +379,19 @@ def test_by_vectors_in_bfloat16_far_from_one(
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_convolution_far_from_one(device: str, scale: float) -> None:
+@pytest.mark.parametrize("streaming", ["", "1"])
+def test_convolution_far_from_one(device: str, scale: float, streaming: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCALLIP_STREAMING", streaming)
     weight = torch.randn(6, 4, 3, 3, generator=generator(0)) * scale
     conv = [[1, 1], [1, 1], [1, 1], 1]
     rows, columns = masks("random", 2, [6, 5, 5], [4, 5, 5])
     check(weight, rows, columns, [2, 4, 5, 5], conv, 3, device, 1e-5)
 
 
-def test_survivors_far_below_the_largest_weight(device: str) -> None:
+@pytest.mark.parametrize("streaming", ["", "1"])
+def test_survivors_far_below_the_largest_weight(device: str, streaming: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose squares float32 does not have: such a norm is small, and it must not be taken for none."""
+    monkeypatch.setenv("LOCALLIP_STREAMING", streaming)
     weight = torch.randn(6, 4, 3, 3, generator=generator(0))
     weight[:, 1:] *= 1e-25
     columns = torch.ones(2, 4, 5, 5, dtype=torch.bool, device=device)
@@ -319,12 +415,29 @@ def test_streaming_convolution(device: str, dtype: torch.dtype, iterations: int)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("shape", [(5, 20), (20, 30), (6, 4, 3, 3)], ids=str)
-def test_what_is_no_number_shows(device: str, value: float, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("streaming", ["", "1"])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_what_is_no_number_shows(
+    device: str, value: float, shape: tuple[int, ...], streaming: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALLIP_STREAMING", streaming)
     weight = torch.randn(shape, generator=generator(0))
     weight.view(-1)[7] = value
     sizes = [2, shape[1]] if len(shape) == 2 else [2, 4, 5, 5]
     conv = [[1, 1], [1, 1], [1, 1], 1] if len(shape) == 4 else NO_CONV
     columns = torch.zeros(sizes, dtype=torch.bool, device=device)
     columns[1] = True
-    sigma, _, _ = ops.masked_norm(weight.to(device), None, columns, None, sizes, *conv, 4)
+    with torch.autocast(device, torch.bfloat16, enabled=narrow):
+        sigma, _, _ = ops.masked_norm(weight.to(device), None, columns, None, sizes, *conv, 4)
     assert sigma.isnan().all()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_start_that_is_no_number_shows(device: str, narrow: bool) -> None:
+    """In every vector after it: weights are finite."""
+    start = torch.randn(1, 4, 5, 5, generator=generator(0)).to(device)
+    start[0, 1, 2, 3] = float("inf")
+    weight = torch.randn(6, 2, 3, 3, generator=generator(0)).to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=narrow):
+        sigma, right, _ = ops.masked_norm(weight, None, None, start, [1, 4, 5, 5], [1, 1], [1, 1], [1, 1], 2, 4)
+    assert sigma.isnan().all() and right.isnan().all()
