@@ -18,6 +18,8 @@ namespace emulation {
 int order = 0;
 size_t shared_limit = 232448;
 int ptx_version = 90;
+int multiprocessors = 3;
+void (*launched)(const void*, const Launch&) = nullptr;
 
 namespace {
 
@@ -300,3 +302,4 @@ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 extern "C" void locallip_emulation_order(int order) { emulation::order = order; }
 extern "C" void locallip_emulation_shared_limit(size_t bytes) { emulation::shared_limit = bytes; }
 extern "C" void locallip_emulation_ptx_version(int version) { emulation::ptx_version = version; }
+extern "C" void locallip_emulation_multiprocessors(int count) { emulation::multiprocessors = count; }

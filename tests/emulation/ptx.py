@@ -1,0 +1,225 @@
+"""Reads the PTX that nvcc makes of a .cu file into what ptx.cpp executes, and builds a library that does.
+
+The host code of the file is compiled as it is, beside `cuda_runtime.h` of this folder; its launches then run the PTX:
+the inline PTX of csrc/cuda/primitives.cuh too, which the kernels compiled as C++ do not contain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import build
+
+ARCHITECTURE = "sm_90"
+SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
+
+
+def nvcc() -> str | None:
+    """The compiler: CUDA_HOME's, PATH's, or that of /usr/local."""
+    homes = [os.environ.get("CUDA_HOME"), *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
+    found = [f"{home}/bin/nvcc" for home in homes if home and Path(home, "bin/nvcc").exists()]
+    return shutil.which("nvcc") or next(iter(found), None)
+
+
+def missing() -> str | None:
+    """What this machine lacks to make and run PTX, or None."""
+    return "nvcc is not installed" if nvcc() is None else build.missing()
+
+
+# ---- the text of a program ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Instruction:
+    """registers, results first; `functions`: where it comes from, the innermost first, as mangled names."""
+
+    opcode: str
+    guard: str
+    results: int
+    registers: list[int]
+    offset: int = 0
+    target: str = ""
+    functions: tuple[str, ...] = ()
+    block: int = 0
+
+
+@dataclass
+class Entry:
+    """One kernel. constants: register to the 64 bits that it always holds; labels: to the number of an instruction."""
+
+    name: str
+    parameters: dict[str, int] = field(default_factory=dict)
+    parameter_bytes: int = 0
+    registers: dict[str, int] = field(default_factory=dict)
+    constants: dict[int, int] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    instructions: list[Instruction] = field(default_factory=list)
+
+    def register(self, name: str) -> int:
+        return self.registers.setdefault(name, len(self.registers))
+
+    def operand(self, text: str) -> int:
+        """Of a value: a register's number, that of a constant's where it is one."""
+        number = self.register(text)
+        if text.startswith("%") or re.fullmatch(r"there|_", text):
+            return number
+        if text in self.parameters:
+            self.constants[number] = self.parameters[text]
+        elif text.startswith(("0f", "0d")):
+            self.constants[number] = int(text[2:], 16)
+        elif re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", text):
+            self.constants[number] = int(text, 0) % 2**64
+        else:  # the one array of shared memory
+            self.constants[number] = 0
+        return number
+
+
+def _parameters(entry: Entry, header: str) -> None:
+    for align, kind, name, count in re.findall(r"\.param (?:\.align (\d+) )?\.\w(\d+) (\w+)(?:\[(\d+)\])?", header):
+        size = SIZES[kind]
+        boundary = int(align or size)
+        at = (entry.parameter_bytes + boundary - 1) // boundary * boundary
+        entry.parameters[name] = at
+        entry.parameter_bytes = at + size * int(count or 1)
+
+
+def _instruction(entry: Entry, statement: str) -> Instruction:
+    guard, opcode, rest = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*)", statement, re.DOTALL).groups()  # type: ignore[union-attr]
+    if opcode in ("bra", "bra.uni"):
+        return Instruction("bra", guard or "", 0, [], target=rest)
+    offset = 0
+    memory = re.search(r"\[([^\]]+)\]", rest)
+    operands = [part.strip() for part in re.split(r"[,|{}]|\[[^\]]+\]", rest) if part.strip()]
+    first = re.match(r"\s*\{([^}]*)\}|[^,|]*\|?[^,]*", rest)
+    assert first is not None
+    stores = opcode.startswith(("st.", "bar", "cp.", "ret"))
+    results = 0 if stores else len([part for part in re.split(r"[,|{}]", first[0]) if part.strip()])
+    if memory:
+        base, plus, distance = memory[1].partition("+")
+        offset = int(distance) if plus else 0
+        operands.insert(results, base)
+    if opcode.startswith("cp.async.cg"):  # both of its operands are addresses
+        operands = [part.strip("[] ") for part in rest.split(",")]
+    return Instruction(opcode, guard or "", results, [entry.operand(part) for part in operands], offset)
+
+
+def _names(text: str) -> dict[str, str]:
+    """Strings of the debug section by label: the functions' names."""
+    names = {}
+    for label, data in re.findall(r"^(\$L__info_string\d+):\n((?:\.b8 [\d,]+\n)+)", text, re.MULTILINE):
+        values = [int(number) for number in re.findall(r"\d+", data.replace(".b8", ""))]
+        names[label] = bytes(values[:-1]).decode()
+    return names
+
+
+def parse(text: str) -> Iterator[Entry]:
+    """The kernels of a PTX file, with -lineinfo."""
+    names = _names(text)
+    place = re.compile(r"\.loc\s+(\d+) (\d+) (\d+)(?:, function_name (\S+), inlined_at (\d+) (\d+) (\d+))?")
+    for name, header, body in re.findall(r"\.entry (\w+)\((.*?)\)\n(.*?)^}", text, re.MULTILINE | re.DOTALL):
+        entry = Entry(name)
+        _parameters(entry, header)
+        chains: dict[tuple[str, ...], tuple[str, ...]] = {}
+        functions: tuple[str, ...] = ()
+        block = 0
+        for line in body.splitlines():
+            line = line.partition("//")[0].strip()
+            if found := place.match(line):
+                at, (function, *outer) = found.groups()[:3], found.groups()[3:]
+                functions = (names[function], *chains.get(tuple(outer), ())) if function else ()
+                chains[at] = functions
+            elif found := re.fullmatch(r"(\$\w+):", line):
+                entry.labels[found[1]] = len(entry.instructions)
+                block += 1
+            else:
+                for statement in re.sub(r"^\{", "", line).split(";"):
+                    if re.match(r"@|[a-z]", statement := statement.strip()):
+                        made = _instruction(entry, statement)
+                        made.functions, made.block = functions, block
+                        entry.instructions.append(made)
+                        block += made.opcode in ("bra", "ret")
+        yield entry
+
+
+# ---- the library -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Library:
+    """entries: by the names that the host's compiler gives the kernels."""
+
+    handle: ctypes.CDLL
+    entries: dict[str, Entry]
+
+
+def _host_name(name: str) -> str:
+    """Of a kernel: the unnamed namespace has a name of its own from either compiler."""
+
+    def renamed(match: re.Match[str]) -> str:
+        length = int(match[1])
+        return f"12_GLOBAL__N_1{match[0][len(match[1]) + length :]}"
+
+    return re.sub(r"(\d+)_GLOBAL__N__\w+", renamed, name)
+
+
+def make(source: Path, folder: Path) -> Library:
+    """`source`: a folder like csrc. Kept in `folder` by what it is made of."""
+    compiler = nvcc()
+    assert compiler is not None
+    files = [*source.rglob("*.h"), *source.rglob("*.cu*"), *build.HERE.glob("*.cpp"), *build.HERE.glob("*.h")]
+    text = "\0".join(f"{path.name} {path.read_text()}" for path in sorted(files))
+    target = folder / hashlib.sha256(f"{build.CXX} {compiler} {text}".encode()).hexdigest()[:16]
+    kernels, library = source / "cuda" / "masked_norm_convolution.cu", target / "convolution.so"
+    target.mkdir(parents=True, exist_ok=True)
+    ptx = target / "convolution.ptx"
+    if not library.exists():
+        options = ["-ptx", "-lineinfo", f"-arch={ARCHITECTURE}", "-std=c++17", "-O3"]
+        subprocess.run([compiler, *options, str(kernels), "-o", str(ptx)], check=True)
+        flags = ["-std=c++20", "-w", "-fPIC", f"-I{build.HERE}", f"-I{source}"]
+        parts = [
+            (kernels, ["-O0", "-x", "c++"]),
+            (build.HERE / "emulation.cpp", ["-O1"]),
+            (build.HERE / "ptx.cpp", ["-O2"]),
+            (build.HERE / "convolution.cpp", ["-O0"]),
+        ]
+        objects = []
+        for path, own in parts:
+            objects.append(str(target / f"{path.stem}.o"))
+            subprocess.run([build.CXX, *flags, *own, "-c", str(path), "-o", objects[-1]], check=True)
+        partial = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([build.CXX, "-shared", *objects, "-lboost_context", "-o", str(partial)], check=True)
+        partial.rename(library)
+    handle = ctypes.CDLL(str(library))
+    # kernels are not exported: the distance from a symbol that is finds them
+    listed = subprocess.run(["nm", str(library)], check=True, capture_output=True, text=True).stdout
+    symbols = {name: int(at, 16) for at, name in re.findall(r"^(\w+) \w (\w+)$", listed, re.MULTILINE)}
+    known = "locallip_ptx_program"
+    base = ctypes.cast(getattr(handle, known), ctypes.c_void_p).value or 0
+    entries = {_host_name(entry.name): entry for entry in parse(ptx.read_text())}
+    for name, entry in entries.items():
+        handle.locallip_ptx_kernel(ctypes.c_void_p(base - symbols[known] + symbols[name]), name.encode())
+        load(handle, name, entry)
+    return Library(handle, entries)
+
+
+def load(handle: ctypes.CDLL, name: str, entry: Entry, facts: Sequence[Sequence[int]] | None = None) -> None:
+    """Hands a program to ptx.cpp. facts: for each instruction what it counts as (see `Fact` there)."""
+    lines = [f"{name} {len(entry.registers)} {entry.parameter_bytes} {len(entry.constants)} {len(entry.instructions)}"]
+    lines += [f"{number} {value}" for number, value in entry.constants.items()]
+    special = [entry.registers.get(f"%{which}", -1) for which in ("tid.x", "ctaid.x", "ntid.x", "cluster_ctarank")]
+    lines.append(" ".join(map(str, special)))
+    for i, made in enumerate(entry.instructions):
+        guard = entry.register(made.guard.lstrip("!")) if made.guard else -1
+        target = entry.labels[made.target] if made.target else -1
+        fact = facts[i] if facts else (0, 0, 0, i)
+        fields = [guard, int(made.guard.startswith("!")), made.results, len(made.registers), *made.registers]
+        lines.append(" ".join(map(str, [made.opcode, *fields, made.offset, target, *fact])))
+    handle.locallip_ptx_program("\n".join(lines).encode())
