@@ -50,8 +50,8 @@ struct Counts {
 
 // kind: of a memory access, in shared memory; kind_global: elsewhere.
 struct Fact {
-  int kind, kind_global, phase;
-  double weight;  // machine instructions
+  int kind, kind_global, phase, block;  // block: of the code, without branches
+  double weight;                        // machine instructions
 };
 
 struct Machine;
@@ -65,7 +65,9 @@ struct Instruction {
   int64_t offset;
   int target;
   Fact fact;
-  int line;  // of the code
+  int line;          // of the code
+  int spaces = 0;    // of an access: 1 shared, 2 global, 3 either
+  bool stores = false;
 };
 
 struct Program {
@@ -80,17 +82,39 @@ struct Value {
 
 struct Block;
 
+// When a register's value is there, and which node of which stretch it is from.
+struct Result {
+  double ready;
+  int64_t stretch;
+  int node, kind;
+};
+
+// An instruction in a stretch of code without branches: when it issues, after which other one, waiting for what.
+struct Node {
+  double time;
+  int before, phase, cause;
+};
+
+struct Stretch {
+  int64_t number = 1;
+  std::vector<Node> nodes;
+  double issue[kPhases] = {}, code = 0;
+  double unit_free[kUnits] = {};
+  int unit_user[kUnits], accessed[2], stored[2];
+  int64_t unit_used_in[kUnits] = {}, accessed_in[2] = {};
+};
+
 struct Warp {
   Block* block;
   int index;
   std::unique_ptr<Value, decltype(&std::free)> registers{nullptr, &std::free};
-  std::vector<double> ready;
-  std::vector<uint8_t> producer;
+  std::vector<Result> results;
+  Stretch stretch;
   int at[kWarp];
   uint32_t alive = 0;
   bool waits = false, waits_for_cluster = false;
-  double clock = 0, unit_free[kUnits] = {}, cycles[kPhases][kCauses] = {};
-  int line = -1, phase = 0;  // where it is
+  double clock = 0, cycles[kPhases][kCauses] = {};  // at the begin of the stretch; since the block last met
+  int line = -1, phase = 0, code_block = -1;        // where it is
 };
 
 struct Block {
@@ -538,21 +562,48 @@ double fetched_after(Block& block, Warp& warp, int line) {
   const bool there = block.lines.contains(line);
   block.lines[line] = ++block.touched;
   if (there) return 0;
-  if (block.lines.size() > static_cast<size_t>(model.cached_lines)) {
-    const auto oldest = std::min_element(block.lines.begin(), block.lines.end(),
-                                         [](const auto& a, const auto& b) { return a.second < b.second; });
-    block.lines.erase(oldest);
-  }
+  if (static_cast<double>(block.lines.size()) > model.cached_lines)
+    block.lines.erase(std::min_element(block.lines.begin(), block.lines.end(), [](const auto& a, const auto& b) {
+      return a.second < b.second;
+    }));
   return model.line_miss;
 }
 
+// Ends a stretch of code without branches: it takes as long as its instructions need to issue, or as the longest chain
+// of those that wait for one another, and what fetching it took.
+void close(Warp& warp, bool branches) {
+  Stretch& s = warp.stretch;
+  double issue = 0;
+  for (const double slots : s.issue) issue += slots;
+  double flow = 0;
+  for (const Node& node : s.nodes) flow = std::max(flow, node.time - warp.clock);
+  if (flow <= issue) {
+    for (int phase = 0; phase < kPhases; ++phase) warp.cycles[phase][kIssue] += s.issue[phase];
+  } else {
+    int i = 0;
+    while (s.nodes[i].time - warp.clock < flow) ++i;
+    for (; i >= 0; i = s.nodes[i].before) {
+      const Node& node = s.nodes[i];
+      warp.cycles[node.phase][node.cause] += node.time - (node.before >= 0 ? s.nodes[node.before].time : warp.clock);
+    }
+  }
+  warp.cycles[warp.phase][kCode] += s.code;
+  warp.cycles[warp.phase][kBranch] += branches ? model.branch : 0;
+  warp.clock += std::max(flow, issue) + s.code + (branches ? model.branch : 0);
+  s.nodes.clear();
+  std::memset(s.issue, 0, sizeof(s.issue));
+  s.code = 0;
+  ++s.number;
+}
+
+// Enters an instruction into the stretch. Those of a stretch issue in the order in which their operands are there, as
+// the compiler arranges them; loads and stores that may meet, as far as it can tell, stay in order.
 void charge(Machine& m, const Instruction& in, uint32_t active, bool branches) {
   Warp& warp = *m.warp;
   Block& block = *warp.block;
   const Fact& fact = in.fact;
   const bool memory = m.access.bytes > 0;
   const int kind = memory && !m.access.shared ? fact.kind_global : fact.kind;
-  auto& core = block.core[warp.index % kCores];
   double extra = 0;
   counts->executed[fact.phase][kind] += 1;
   if (memory) {
@@ -568,35 +619,61 @@ void charge(Machine& m, const Instruction& in, uint32_t active, bool branches) {
       block.sectors += sectors;
     }
   }
+  Stretch& s = warp.stretch;
+  if (fact.block != warp.code_block) close(warp, false);
+  warp.code_block = fact.block;
   warp.phase = fact.phase;
-  auto& cycles = warp.cycles[fact.phase];
-  const double code = fetched_after(block, warp, in.line);
-  cycles[kCode] += code;
-  warp.clock += code;
-  const auto wait_until = [&](double time, int cause) {
-    if (time <= warp.clock) return;
-    cycles[cause] += time - warp.clock;
-    warp.clock = time;
+  s.code += fetched_after(block, warp, in.line);
+  Node node = {warp.clock, -1, fact.phase, kIssue};
+  const auto after = [&](double time, int before, int cause) {
+    if (time > node.time) node.time = time, node.before = before, node.cause = cause;
   };
-  for (int i = in.results; i < in.count; ++i) wait_until(warp.ready[in.operands[i]], warp.producer[in.operands[i]]);
-  if (in.guard >= 0) wait_until(warp.ready[in.guard], warp.producer[in.guard]);
+  const auto after_result = [&](int number) {
+    const Result& r = warp.results[number];
+    after(r.ready, r.stretch == s.number ? r.node : -1, r.kind);
+  };
+  for (int i = in.results; i < in.count; ++i) after_result(in.operands[i]);
+  if (in.guard >= 0) after_result(in.guard);
+  const int own = static_cast<int>(s.nodes.size());
+  const auto result_in = [&](double time, int kind) {
+    for (int i = 0; i < in.results; ++i) warp.results[in.operands[i]] = {time, s.number, own, kind};
+  };
+  if (fact.weight == 0) {  // becomes part of what uses it, and waits for nothing itself
+    if (node.time > warp.clock) {
+      for (int i = 0; i < in.results; ++i)
+        warp.results[in.operands[i]] = {node.time, s.number, node.before, node.cause};
+      return;
+    }
+    result_in(node.time, kind);
+    for (int i = 0; i < in.results; ++i) warp.results[in.operands[i]].node = -1;
+    return;
+  }
+  for (int space = 0; space < 2; ++space) {
+    if (!(in.spaces >> space & 1)) continue;
+    const int before = in.stores ? s.accessed[space] : s.stored[space];
+    if (s.accessed_in[space] == s.number && before >= 0) after(s.nodes[before].time, before, kIssue);
+  }
   const int unit = model.unit[kind];
   if (unit >= 0) {
-    wait_until(warp.unit_free[unit], kUnit0 + unit);
-    warp.unit_free[unit] = warp.clock + model.occupancy[kind] * fact.weight;
-    core[unit] += model.occupancy[kind] * fact.weight;
+    after(s.unit_free[unit], s.unit_used_in[unit] == s.number ? s.unit_user[unit] : -1, kUnit0 + unit);
+    const double busy = model.occupancy[kind] * fact.weight;
+    s.unit_free[unit] = node.time + busy;
+    s.unit_user[unit] = own;
+    s.unit_used_in[unit] = s.number;
+    block.core[warp.index % kCores][unit] += busy;
   }
-  for (int i = 0; i < in.results; ++i) {
-    warp.ready[in.operands[i]] = warp.clock + model.latency[kind] + extra;
-    warp.producer[in.operands[i]] = static_cast<uint8_t>(kind);
-  }
-  core[kUnits] += fact.weight;
-  cycles[kIssue] += fact.weight;
-  warp.clock += fact.weight;
-  if (branches) {
-    cycles[kBranch] += model.branch;
-    warp.clock += model.branch;
-  }
+  for (int space = 0; space < 2; ++space)
+    if (in.spaces >> space & 1) {
+      if (s.accessed_in[space] != s.number) s.stored[space] = -1;
+      s.accessed_in[space] = s.number;
+      s.accessed[space] = own;
+      if (in.stores) s.stored[space] = own;
+    }
+  s.nodes.push_back(node);
+  result_in(node.time + model.latency[kind] + extra, kind);
+  s.issue[fact.phase] += fact.weight;
+  block.core[warp.index % kCores][kUnits] += fact.weight;
+  if (branches) close(warp, true);
 }
 
 // All warps of the block have met: they go on at one time. What the slowest waited for is what the time is charged to,
@@ -663,6 +740,7 @@ void run(Machine& m, Warp& warp) {
       ++pc;
       straight = !m.branched && warp.alive && !warp.waits && (warp.alive & together) == together;
     }
+    if (warp.waits || !warp.alive) close(warp, false);
     each(together, [&](int lane) { warp.at[lane] = m.branched >> lane & 1 ? m.program->code[pc - 1].target : pc; });
   }
 }
@@ -716,8 +794,7 @@ void run_cluster(const Program& program, const Launch& launch, unsigned first) {
       warp.block = &block;
       warp.index = static_cast<int>(w);
       warp.registers.reset(static_cast<Value*>(std::calloc(program.registers, sizeof(Value))));
-      warp.ready.resize(program.registers);
-      warp.producer.resize(program.registers);
+      warp.results.resize(program.registers);
       std::fill_n(warp.at, kWarp, 0);
       const auto fill = [&](int number, uint64_t value, uint64_t step) {
         if (number < 0) return;
@@ -785,7 +862,10 @@ extern "C" void locallip_ptx_program(const char* text) {
   for (Instruction& i : program.code) {
     in >> i.opcode >> i.guard >> i.negated >> i.results >> i.count;
     for (int k = 0; k < i.count; ++k) in >> i.operands[k];
-    in >> i.offset >> i.target >> i.fact.kind >> i.fact.kind_global >> i.fact.phase >> i.fact.weight;
+    in >> i.offset >> i.target >> i.fact.kind >> i.fact.kind_global >> i.fact.phase >> i.fact.block >> i.fact.weight;
+    i.stores = i.opcode.starts_with("st");
+    if ((i.stores || i.opcode.starts_with("ld")) && !i.opcode.starts_with("ld.param"))
+      i.spaces = i.opcode.find(".shared") != std::string::npos ? 1 : i.opcode.find(".global") != std::string::npos ? 2 : 3;
     const auto found = handlers().find(i.opcode);
     if (found == handlers().end()) fail("no instruction " + i.opcode + " is known here");
     i.run = found->second;

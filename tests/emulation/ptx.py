@@ -128,14 +128,18 @@ def parse(text: str) -> Iterator[Entry]:
         entry = Entry(name)
         _parameters(entry, header)
         chains: dict[tuple[str, ...], tuple[str, ...]] = {}
+        lines: dict[tuple[str, str], tuple[str, ...]] = {}
         functions: tuple[str, ...] = ()
         block = 0
         for line in body.splitlines():
             line = line.partition("//")[0].strip()
             if found := place.match(line):
                 at, (function, *outer) = found.groups()[:3], found.groups()[3:]
-                functions = (names[function], *chains.get(tuple(outer), ())) if function else ()
-                chains[at] = functions
+                if function:
+                    functions = (names[function], *chains.get(tuple(outer), ()))
+                elif at[1] != "0":  # what the compiler made of several places has lost the chain
+                    functions = lines.get(at[:2], ())
+                chains[at] = lines[at[:2]] = functions
             elif found := re.fullmatch(r"(\$\w+):", line):
                 entry.labels[found[1]] = len(entry.instructions)
                 block += 1
@@ -210,7 +214,7 @@ def make(source: Path, folder: Path) -> Library:
     return Library(handle, entries)
 
 
-def load(handle: ctypes.CDLL, name: str, entry: Entry, facts: Sequence[Sequence[int]] | None = None) -> None:
+def load(handle: ctypes.CDLL, name: str, entry: Entry, facts: Sequence[Sequence[float]] | None = None) -> None:
     """Hands a program to ptx.cpp. facts: for each instruction what it counts as (see `Fact` there)."""
     lines = [f"{name} {len(entry.registers)} {entry.parameter_bytes} {len(entry.constants)} {len(entry.instructions)}"]
     lines += [f"{number} {value}" for number, value in entry.constants.items()]
@@ -219,7 +223,7 @@ def load(handle: ctypes.CDLL, name: str, entry: Entry, facts: Sequence[Sequence[
     for i, made in enumerate(entry.instructions):
         guard = entry.register(made.guard.lstrip("!")) if made.guard else -1
         target = entry.labels[made.target] if made.target else -1
-        fact = facts[i] if facts else (0, 0, 0, i)
+        fact = facts[i] if facts else (0, 0, 0, made.block, 1)
         fields = [guard, int(made.guard.startswith("!")), made.results, len(made.registers), *made.registers]
         lines.append(" ".join(map(str, [made.opcode, *fields, made.offset, target, *fact])))
     handle.locallip_ptx_program("\n".join(lines).encode())
