@@ -7,12 +7,12 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -25,10 +25,7 @@ namespace {
 constexpr int kMostOperands = 16, kKinds = 32, kPhases = 16, kUnits = 4, kCores = 4, kBanks = 32;
 constexpr int kInstructionsPerLine = 8;  // of the instruction cache, 128 bytes
 
-[[noreturn]] void fail(const std::string& what) {
-  std::fprintf(stderr, "PTX: %s\n", what.c_str());
-  std::abort();
-}
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("PTX: " + what); }
 
 // What is charged, set by locallip_ptx_model. Cycles, but for the cache.
 struct Model {
@@ -45,7 +42,8 @@ enum Cause { kIssue = kKinds, kBranch, kCode, kWaves, kSectors, kBarrier, kUnit0
 struct Counts {
   double executed[kPhases][kKinds], wavefronts[kPhases][kKinds], sectors[kPhases][kKinds], bytes[kPhases][kKinds];
   double cycles[kPhases][kCauses];
-  double total, blocks;
+  double total;    // of the clusters one after another
+  double launches, blocks, cluster, threads, shared_bytes;  // of the last launch, but for their number
 };
 
 // kind: of a memory access, in shared memory; kind_global: elsewhere.
@@ -67,7 +65,8 @@ struct Instruction {
   Fact fact;
   int line;          // of the code
   int spaces = 0;    // of an access: 1 shared, 2 global, 3 either
-  bool stores = false;
+  bool stores = false, commits = false;
+  int awaits_but = -1;  // of groups of copies, those that need not be there
 };
 
 struct Program {
@@ -110,6 +109,7 @@ struct Warp {
   std::unique_ptr<Value, decltype(&std::free)> registers{nullptr, &std::free};
   std::vector<Result> results;
   Stretch stretch;
+  std::vector<double> copied;  // when each group of asynchronous copies is there
   int at[kWarp];
   uint32_t alive = 0;
   bool waits = false, waits_for_cluster = false;
@@ -634,6 +634,9 @@ void charge(Machine& m, const Instruction& in, uint32_t active, bool branches) {
   };
   for (int i = in.results; i < in.count; ++i) after_result(in.operands[i]);
   if (in.guard >= 0) after_result(in.guard);
+  if (in.commits) warp.copied.push_back(warp.clock + model.latency[kind]);
+  if (in.awaits_but >= 0 && warp.copied.size() > static_cast<size_t>(in.awaits_but))
+    after(warp.copied[warp.copied.size() - 1 - in.awaits_but], -1, kind);
   const int own = static_cast<int>(s.nodes.size());
   const auto result_in = [&](double time, int kind) {
     for (int i = 0; i < in.results; ++i) warp.results[in.operands[i]] = {time, s.number, own, kind};
@@ -833,15 +836,20 @@ void run_translated(const void* kernel, const Launch& launch) {
   const Program& program = programs()[found->second];
   counts = &all_counts()[found->second];
   if (launch.parameters.size() > static_cast<size_t>(program.parameter_bytes)) fail("more parameters than the PTX has");
-  counts->blocks += launch.grid.count();
+  counts->launches += 1;
+  counts->blocks = launch.grid.count();
+  counts->cluster = launch.cluster;
+  counts->threads = launch.block.count();
+  counts->shared_bytes = static_cast<double>(launch.shared_bytes);
   for (unsigned first = 0; first < launch.grid.count(); first += launch.cluster) run_cluster(program, launch, first);
 }
 
 }  // namespace
 }  // namespace emulation
 
-// The text of ptx.py's `load`.
-extern "C" void locallip_ptx_program(const char* text) {
+namespace {
+
+void take_program(const char* text) {
   using namespace emulation;
   if (handlers().empty()) {
     define_arithmetic();
@@ -861,19 +869,39 @@ extern "C" void locallip_ptx_program(const char* text) {
   double place = 0;
   for (Instruction& i : program.code) {
     in >> i.opcode >> i.guard >> i.negated >> i.results >> i.count;
+    if (i.count > kMostOperands) fail("too many operands of " + i.opcode);
     for (int k = 0; k < i.count; ++k) in >> i.operands[k];
     in >> i.offset >> i.target >> i.fact.kind >> i.fact.kind_global >> i.fact.phase >> i.fact.block >> i.fact.weight;
-    i.stores = i.opcode.starts_with("st");
-    if ((i.stores || i.opcode.starts_with("ld")) && !i.opcode.starts_with("ld.param"))
-      i.spaces = i.opcode.find(".shared") != std::string::npos ? 1 : i.opcode.find(".global") != std::string::npos ? 2 : 3;
     const auto found = handlers().find(i.opcode);
     if (found == handlers().end()) fail("no instruction " + i.opcode + " is known here");
     i.run = found->second;
+    const auto in_name = [&](const char* part) { return i.opcode.find(part) != std::string::npos; };
+    i.stores = i.opcode.starts_with("st");
+    if ((i.stores || i.opcode.starts_with("ld")) && !in_name(".param"))
+      i.spaces = in_name(".shared") ? 1 : in_name(".global") ? 2 : 3;
+    i.commits = i.opcode == "cp.async.commit_group";
+    if (i.opcode == "cp.async.wait_group")
+      for (const auto& [number, value] : program.constants)
+        if (number == i.operands[0]) i.awaits_but = static_cast<int>(value);
     i.line = static_cast<int>(place / kInstructionsPerLine);
     place += i.fact.weight;
   }
   if (!in) fail("a program that ends early");
   programs()[name] = std::move(program);
+}
+
+}  // namespace
+
+// The text of ptx.py's `load`; returns null, or what is wrong with it.
+extern "C" const char* locallip_ptx_program(const char* text) {
+  static std::string what;
+  try {
+    take_program(text);
+    return nullptr;
+  } catch (const std::exception& error) {
+    what = error.what();
+    return what.c_str();
+  }
 }
 
 extern "C" void locallip_ptx_kernel(const void* kernel, const char* name) { emulation::kernels()[kernel] = name; }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -16,9 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from . import build
 
 ARCHITECTURE = "sm_90"
+KERNELS = ("masked_norm_convolution", "masked_norm_dense")
+PRECISIONS = ("float32", "tf32", "bfloat16")
+SPECIAL = ("tid.x", "ctaid.x", "ntid.x", "cluster_ctarank")
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
@@ -61,6 +67,7 @@ class Entry:
     registers: dict[str, int] = field(default_factory=dict)
     constants: dict[int, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
+    blocks: int = 1  # that the kernel is compiled to have on a multiprocessor
     instructions: list[Instruction] = field(default_factory=list)
 
     def register(self, name: str) -> int:
@@ -126,6 +133,8 @@ def parse(text: str) -> Iterator[Entry]:
     place = re.compile(r"\.loc\s+(\d+) (\d+) (\d+)(?:, function_name (\S+), inlined_at (\d+) (\d+) (\d+))?")
     for name, header, body in re.findall(r"\.entry (\w+)\((.*?)\)\n(.*?)^}", text, re.MULTILINE | re.DOTALL):
         entry = Entry(name)
+        if found := re.search(r"\.minnctapersm (\d+)", body):
+            entry.blocks = int(found[1])
         _parameters(entry, header)
         chains: dict[tuple[str, ...], tuple[str, ...]] = {}
         lines: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -156,74 +165,89 @@ def parse(text: str) -> Iterator[Entry]:
 # ---- the library -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Library:
-    """entries: by the names that the host's compiler gives the kernels."""
+    """csrc's host code, whose launches run PTX. entries: by the names that the host's compiler gives the kernels."""
 
-    handle: ctypes.CDLL
-    entries: dict[str, Entry]
+    def __init__(self, path: Path, entries: dict[str, Entry]) -> None:
+        self.handle = ctypes.CDLL(str(path))
+        self.entries = entries
+        for function in ("locallip_ptx_program", "locallip_convolution_norms", "locallip_dense_norms"):
+            getattr(self.handle, function).restype = ctypes.c_char_p
+        # kernels are not exported: the distance from a symbol that is finds them
+        listed = subprocess.run(["nm", str(path)], check=True, capture_output=True, text=True).stdout
+        symbols = {name: int(at, 16) for at, name in re.findall(r"^(\w+) \w (\w+)$", listed, re.MULTILINE)}
+        known = "locallip_ptx_kernel"
+        base = (ctypes.cast(getattr(self.handle, known), ctypes.c_void_p).value or 0) - symbols[known]
+        for name in entries:
+            self.handle.locallip_ptx_kernel(ctypes.c_void_p(base + symbols[name]), name.encode())
+            self.load(name)
+
+    def load(self, name: str, facts: Sequence[Sequence[float]] | None = None) -> None:
+        """Hands a program to ptx.cpp. facts: for each instruction what it counts as (`Fact` there)."""
+        entry = self.entries[name]
+        head = [name, len(entry.registers), entry.parameter_bytes, len(entry.constants), len(entry.instructions)]
+        lines = [" ".join(map(str, head)), *(f"{number} {value}" for number, value in entry.constants.items())]
+        lines.append(" ".join(str(entry.registers.get(f"%{which}", -1)) for which in SPECIAL))
+        for i, made in enumerate(entry.instructions):
+            guard = entry.registers[made.guard.lstrip("!")] if made.guard else -1
+            target = entry.labels[made.target] if made.target else -1
+            fact = facts[i] if facts else (0, 0, 0, made.block, 1)
+            fields = [guard, int(made.guard.startswith("!")), made.results, len(made.registers), *made.registers]
+            lines.append(" ".join(map(str, [made.opcode, *fields, made.offset, target, *fact])))
+        if wrong := self.handle.locallip_ptx_program("\n".join(lines).encode()):
+            raise ValueError(wrong.decode())
+
+    def norms(
+        self, weight: Tensor, row_mask: Tensor, col_mask: Tensor, start: Tensor, *, geometry: Sequence[int] = (),
+        iterations: int, precision: str = "float32",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma, right, left of masks [B, units]; a convolution's weight is [out, height, width, in], and `geometry` the
+        fields of ConvolutionGeometry. ValueError where the kernel says no."""
+        batch = len(row_mask)
+        results = weight.new_full((batch,), math.nan), weight.new_full(col_mask.shape, math.nan), weight.new_full(row_mask.shape, math.nan)
+        numbers = geometry or weight.shape
+        run = self.handle.locallip_convolution_norms if geometry else self.handle.locallip_dense_norms
+        arrays = [ctypes.c_void_p(x.data_ptr()) for x in (row_mask, col_mask, start, weight)]
+        wrong = run(
+            (ctypes.c_int * len(numbers))(*numbers), batch, iterations, *arrays, PRECISIONS.index(precision),
+            *(ctypes.c_void_p(x.data_ptr()) for x in results),
+        )
+        if wrong:
+            raise ValueError(wrong.decode())
+        return results
 
 
 def _host_name(name: str) -> str:
     """Of a kernel: the unnamed namespace has a name of its own from either compiler."""
-
-    def renamed(match: re.Match[str]) -> str:
-        length = int(match[1])
-        return f"12_GLOBAL__N_1{match[0][len(match[1]) + length :]}"
-
-    return re.sub(r"(\d+)_GLOBAL__N__\w+", renamed, name)
+    return re.sub(
+        r"(\d+)(_GLOBAL__N__\w+)", lambda found: "12_GLOBAL__N_1" + found[2][int(found[1]) :], name
+    )
 
 
 def make(source: Path, folder: Path) -> Library:
-    """`source`: a folder like csrc. Kept in `folder` by what it is made of."""
+    """Of a folder like csrc. Kept in `folder` by what it is made of."""
     compiler = nvcc()
     assert compiler is not None
     files = [*source.rglob("*.h"), *source.rglob("*.cu*"), *build.HERE.glob("*.cpp"), *build.HERE.glob("*.h")]
     text = "\0".join(f"{path.name} {path.read_text()}" for path in sorted(files))
     target = folder / hashlib.sha256(f"{build.CXX} {compiler} {text}".encode()).hexdigest()[:16]
-    kernels, library = source / "cuda" / "masked_norm_convolution.cu", target / "convolution.so"
     target.mkdir(parents=True, exist_ok=True)
-    ptx = target / "convolution.ptx"
+    kernels = [source / "cuda" / f"{name}.cu" for name in KERNELS]
+    library = target / "norms.so"
+
+    def run(command: list[object]) -> None:
+        subprocess.run([str(part) for part in command], check=True)
+
     if not library.exists():
-        options = ["-ptx", "-lineinfo", f"-arch={ARCHITECTURE}", "-std=c++17", "-O3"]
-        subprocess.run([compiler, *options, str(kernels), "-o", str(ptx)], check=True)
-        flags = ["-std=c++20", "-w", "-fPIC", f"-I{build.HERE}", f"-I{source}"]
-        parts = [
-            (kernels, ["-O0", "-x", "c++"]),
-            (build.HERE / "emulation.cpp", ["-O1"]),
-            (build.HERE / "ptx.cpp", ["-O2"]),
-            (build.HERE / "convolution.cpp", ["-O0"]),
-        ]
-        objects = []
+        for path in kernels:
+            run([compiler, "-ptx", "-lineinfo", f"-arch={ARCHITECTURE}", "-std=c++17", "-O3", path, "-o", target / f"{path.stem}.ptx"])
+        parts = [(path, ["-O0", "-x", "c++"]) for path in kernels]
+        parts += [(build.HERE / "emulation.cpp", ["-O1"]), (build.HERE / "ptx.cpp", ["-O2"]), (build.HERE / "norms.cpp", ["-O0"])]
         for path, own in parts:
-            objects.append(str(target / f"{path.stem}.o"))
-            subprocess.run([build.CXX, *flags, *own, "-c", str(path), "-o", objects[-1]], check=True)
+            flags = ["-std=c++20", "-w", "-fPIC", f"-I{build.HERE}", f"-I{source}", *own]
+            run([build.CXX, *flags, "-c", path, "-o", target / f"{path.stem}.o"])
         partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([build.CXX, "-shared", *objects, "-lboost_context", "-o", str(partial)], check=True)
+        run([build.CXX, "-shared", *(target / f"{path.stem}.o" for path, _ in parts), "-lboost_context", "-o", partial])
         partial.rename(library)
-    handle = ctypes.CDLL(str(library))
-    # kernels are not exported: the distance from a symbol that is finds them
-    listed = subprocess.run(["nm", str(library)], check=True, capture_output=True, text=True).stdout
-    symbols = {name: int(at, 16) for at, name in re.findall(r"^(\w+) \w (\w+)$", listed, re.MULTILINE)}
-    known = "locallip_ptx_program"
-    base = ctypes.cast(getattr(handle, known), ctypes.c_void_p).value or 0
-    entries = {_host_name(entry.name): entry for entry in parse(ptx.read_text())}
-    for name, entry in entries.items():
-        handle.locallip_ptx_kernel(ctypes.c_void_p(base - symbols[known] + symbols[name]), name.encode())
-        load(handle, name, entry)
-    return Library(handle, entries)
-
-
-def load(handle: ctypes.CDLL, name: str, entry: Entry, facts: Sequence[Sequence[float]] | None = None) -> None:
-    """Hands a program to ptx.cpp. facts: for each instruction what it counts as (see `Fact` there)."""
-    lines = [f"{name} {len(entry.registers)} {entry.parameter_bytes} {len(entry.constants)} {len(entry.instructions)}"]
-    lines += [f"{number} {value}" for number, value in entry.constants.items()]
-    special = [entry.registers.get(f"%{which}", -1) for which in ("tid.x", "ctaid.x", "ntid.x", "cluster_ctarank")]
-    lines.append(" ".join(map(str, special)))
-    for i, made in enumerate(entry.instructions):
-        guard = entry.register(made.guard.lstrip("!")) if made.guard else -1
-        target = entry.labels[made.target] if made.target else -1
-        fact = facts[i] if facts else (0, 0, 0, made.block, 1)
-        fields = [guard, int(made.guard.startswith("!")), made.results, len(made.registers), *made.registers]
-        lines.append(" ".join(map(str, [made.opcode, *fields, made.offset, target, *fact])))
-    handle.locallip_ptx_program("\n".join(lines).encode())
+    texts = [(target / f"{path.stem}.ptx").read_text() for path in kernels]
+    return Library(library, {_host_name(entry.name): entry for each in texts for entry in parse(each)})
