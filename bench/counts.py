@@ -1,5 +1,4 @@
-"""python -m bench counts: what the kernels that compute norms on chip execute, counted without a GPU, and a model of the
-cycles it takes.
+"""python -m bench counts: what the kernels of norms execute on chip, counted without a GPU, and a model of its cycles.
 
     python -m bench counts                       the layers of three networks, and one layer by its phases
     python -m bench counts --source OTHER/csrc   the kernels of another checkout
@@ -19,12 +18,12 @@ The model, of an H100 or H200:
   the next stretch begins when all have issued. So ptxas's order of a stretch is taken to be the best one.
 - A multiprocessor has four cores, with a quarter of a block's warps each. From barrier to barrier it takes as long as
   the slowest warp, or as its busiest resource if that is more: issue slots, tensor, float64 and special unit of a core,
-  shared memory (a wavefront a cycle), the share of L2 (SECTOR cycles a sector). Then the barrier.
-- Code of more than CACHED_LINES lines of 128 bytes, which is a core's 12 KiB, is fetched again, LINE_MISS cycles a line.
+  shared memory (a wavefront a cycle), its share of L2 (SECTOR cycles a sector). Then the barrier.
+- CACHED_LINES lines of 128 bytes of code are at hand, of a core's 12 KiB; any other takes LINE_MISS cycles.
 - Blocks of a batch run in waves. Those that share a multiprocessor are taken to fill each other's waits entirely.
 
-Latencies are those that are published of these chips, or near them. CLOCK is the H200's boost, LINE_MISS and the latency
-of a global load were fitted to its measured times: bench/results/counts-2026-12-01.md says how well they fit.
+Latencies are those that are published of these chips, or near them. CLOCK is the H200's boost. CACHED_LINES, LINE_MISS
+and the latency of a global load were fitted to its measured times; bench/results/counts-2026-12-01.md says how well.
 
 The floor is the least time by FLOPs at the rate of mma.sync or by bytes (masks and start in, vectors out) at the
 bandwidth of a copy.
@@ -34,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import subprocess
@@ -54,13 +54,13 @@ NETWORKS = ("cifar10-6c2f", "mnist-4c3f", "tinyimagenet-8c2f")
 PHASED = "3x3 32-32 on 32x32"
 TOLERANCE = 0.03  # by which a count may rise
 
-# ---- the device --------------------------------------------------------------------------------------------------------
+# ---- the device ------------------------------------------------------------------------------------------------------
 
 MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.98e9, 4.2e12  # Hz, bytes/s
 SHARED, SHARED_OF_BLOCK = 228 * 1024, 1024  # bytes of a multiprocessor; what each block takes beside its own
 THREADS = 2048
 LAUNCH = 3e-6  # seconds, in a CUDA graph
-CACHED_LINES, LINE_MISS = 96, 45
+CACHED_LINES, LINE_MISS = 72, 52
 BRANCH, BARRIER, CLUSTER_BARRIER, SECTOR = 10, 30, 1500, 1.5
 # multiplications with addition, a cycle and multiprocessor, by mma.sync; float32 takes three products
 TENSOR_RATE = {"float32": 512 / 3, "tf32": 512, "bfloat16": 1024}
@@ -68,7 +68,7 @@ FLOAT32_RATE = 128  # the same without tensor cores
 
 
 class Kind(NamedTuple):
-    """Of machine instructions. latency: cycles to a result. occupancy: those that a warp takes of a unit of its core."""
+    """Of machine instructions. latency: cycles to a result. occupancy: those that a warp takes of its core's unit."""
 
     name: str
     latency: float
@@ -88,9 +88,9 @@ KINDS = (
     Kind("shared load", 30),
     Kind("shared store", 0),
     Kind("remote store", 0),
-    Kind("global load", 500),
+    Kind("global load", 450),
     Kind("global store", 0),
-    Kind("asynchronous copy", 500),
+    Kind("asynchronous copy", 450),
     Kind("warp operation", 24),
     Kind("tensor", 20, "tensor unit", 8),
     Kind("branch", 0),
@@ -185,7 +185,7 @@ def facts(entry: ptx.Entry) -> list[tuple[int, int, int, int, float]]:
     return found
 
 
-# ---- as ptx.cpp has them -----------------------------------------------------------------------------------------------
+# ---- as ptx.cpp has them ---------------------------------------------------------------------------------------------
 
 _KINDS, _PHASES, _UNITS = 32, 16, 4
 CAUSES = ("issue", "branches", "code", "shared wavefronts", "sectors", "barriers", *UNITS)
@@ -219,7 +219,7 @@ class Counts(ctypes.Structure):
     )
 
 
-# ---- layers ------------------------------------------------------------------------------------------------------------
+# ---- layers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -274,11 +274,11 @@ def layers_of(network: str) -> Iterator[Layer]:
         yield layer
         channels, size = out, layer.out_size
     widths = [channels * size**2, *spec.hidden, spec.classes]
-    for width, out in zip(widths, widths[1:], strict=False):
+    for width, out in itertools.pairwise(widths):
         yield Layer(width, out)
 
 
-# ---- counting ----------------------------------------------------------------------------------------------------------
+# ---- counting --------------------------------------------------------------------------------------------------------
 
 
 class Kernel(NamedTuple):
@@ -354,9 +354,7 @@ class Counter:
         start = torch.randn(1, into, generator=random)
         sizes = (layer.out_channels, layer.kernel, layer.kernel, layer.in_channels)
         weight = torch.randn(sizes if layer.size else sizes[::3], generator=random)
-        counts = {name: self.handle.locallip_ptx_counts(name.encode()).contents for name in self.library.entries}
-        for of_kernel in counts.values():
-            ctypes.memset(ctypes.byref(of_kernel), 0, ctypes.sizeof(of_kernel))
+        self.reset()
         try:
             self.library.norms(
                 *(weight, row_mask, col_mask, start),
@@ -366,10 +364,20 @@ class Counter:
             )
         except ValueError as error:
             return Counted(layer, precision, iterations, why=str(error))
-        kernels = tuple(self._kernel(name, each) for name, each in counts.items() if each.launches)
+        kernels = tuple(self._kernel(name) for name in self.library.entries if self.counted(name).launches)
         return Counted(layer, precision, iterations, kernels)
 
-    def _kernel(self, name: str, counts: Counts) -> Kernel:
+    def counted(self, name: str) -> Counts:
+        """Since the last reset."""
+        found: Counts = self.handle.locallip_ptx_counts(name.encode()).contents
+        return found
+
+    def reset(self) -> None:
+        for name in self.library.entries:
+            ctypes.memset(ctypes.byref(self.counted(name)), 0, ctypes.sizeof(Counts))
+
+    def _kernel(self, name: str) -> Kernel:
+        counts = self.counted(name)
         clusters = counts.blocks / counts.cluster
         causes = [kind.name for kind in KINDS] + [""] * (_KINDS - len(KINDS)) + [*CAUSES]
         phases = {}
@@ -387,12 +395,22 @@ class Counter:
         return Kernel(name, counts.total / clusters, phases, totals, int(counts.blocks), int(counts.cluster), at_once)
 
 
-# ---- what is printed ---------------------------------------------------------------------------------------------------
+# ---- what is printed -------------------------------------------------------------------------------------------------
 
 
 def table(counted: Sequence[Counted], batch: int) -> list[str]:
     us = f"us, B = {batch}"
-    head = ["layer", "precision", "iterations", "blocks a sample", "cycles of a block", us, "floor, us", "ratio", "bound by"]
+    head = [
+        "layer",
+        "precision",
+        "iterations",
+        "blocks a sample",
+        "cycles of a block",
+        us,
+        "floor, us",
+        "ratio",
+        "bound by",
+    ]
     rows = []
     for each in counted:
         row = [each.layer.title, each.precision, str(each.iterations)]
@@ -443,7 +461,9 @@ def checked(counter: Counter) -> Iterator[Counted]:
 def compiler() -> str:
     path = ptx.nvcc()
     assert path is not None
-    return subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout.split("release ")[1][:4]
+    return subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout.split("release ")[1][
+        :4
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -455,7 +475,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--iterations", type=int, nargs="+", default=(2, 4))
     parser.add_argument("--precision", nargs="+", default=("tf32", "float32"), choices=ptx.PRECISIONS)
-    parser.add_argument("--phases", default=PHASED, metavar="TITLE", help=f"layer to show by phases (default: {PHASED})")
+    parser.add_argument(
+        "--phases", default=PHASED, metavar="TITLE", help=f"layer to show by phases (default: {PHASED})"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
     parser.add_argument("--against", type=Path, metavar="FILE", help="fail where a count is above the file's")
     parser.add_argument("--check", action="store_true", help=f"a few layers against {COMMITTED.name}")
@@ -475,7 +497,7 @@ def main(arguments: Sequence[str]) -> int:
                 counted += [counter.count(layer, precision, iterations) for iterations in options.iterations]
     print(*table(counted, options.batch), sep="\n")
     for each in counted:
-        if each.layer.title == options.phases and each.kernels:
+        if each.layer.title == options.phases and each.kernels and not options.check:
             print(f"\n{each.title} iterations\n", *phase_table(each), sep="\n")
             print("", *instruction_table(each), sep="\n")
     new = {each.title: each.record() for each in counted if each.kernels}

@@ -1,10 +1,12 @@
 // Calls the resident kernels of csrc/masked_norm.h on arrays of the caller's, without torch. Each returns null, or what
 // went wrong.
 #include <cstddef>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
+#include <memory>
 #include <string>
 #include <type_traits>
-#include <vector>
 
 #include "masked_norm.h"
 
@@ -23,6 +25,14 @@ bool call(void (*op)(const ConvolutionProblem&, const float*, Precision, void*),
     op(problem, weight, static_cast<Precision>(precision), nullptr);
   }
   return true;
+}
+
+// Scratch, aligned as a GPU's allocator does it, of NaN.
+std::unique_ptr<float, decltype(&std::free)> scratch(size_t floats) {
+  const size_t bytes = floats * sizeof(float) / 256 * 256 + 256;
+  std::unique_ptr<float, decltype(&std::free)> memory(static_cast<float*>(std::aligned_alloc(256, bytes)), &std::free);
+  std::memset(memory.get(), 0xFF, bytes);
+  return memory;
 }
 
 template <typename Run>
@@ -48,12 +58,12 @@ extern "C" const char* locallip_convolution_norms(const int* geometry, int batch
     const locallip::ConvolutionGeometry of = {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11]};
     if (!locallip::cuda::convolution_fits(of, batch)) return "the layer does not fit on chip";
     const size_t steps = static_cast<size_t>(iterations) * batch;
-    std::vector<float> packed(locallip::cuda::packed_weight_floats(of)), right_slots(steps * g[0] * g[1] * g[2]),
-        left_slots(steps * g[3] * g[4] * g[5]);
+    const auto packed = scratch(locallip::cuda::packed_weight_floats(of)),
+               right_slots = scratch(steps * g[0] * g[1] * g[2]), left_slots = scratch(steps * g[3] * g[4] * g[5]);
     int exponent = 0;
-    const ConvolutionProblem problem = {of,       batch,         iterations,         row_mask,          col_mask,
-                                        start,    true,          packed.data(),      right_slots.data(), left_slots.data(),
-                                        sigma,    right,         left,               &exponent};
+    const ConvolutionProblem problem = {of,    batch, iterations,   row_mask,          col_mask,
+                                        start, true,  packed.get(), right_slots.get(), left_slots.get(),
+                                        sigma, right, left,         &exponent};
     return call(locallip::cuda::masked_norm_convolution, problem, weight, precision)
                ? ""
                : "the kernel has no such precision";
@@ -69,10 +79,10 @@ extern "C" const char* locallip_dense_norms(const int* geometry, int batch, int 
     if (rows > locallip::kWindow && !locallip::cuda::dense_fits<float>(rows, columns))
       return "the layer does not fit on chip";
     const size_t steps = static_cast<size_t>(iterations + 1) * batch;
-    std::vector<float> right_slots(steps * columns), left_slots(steps * rows);
-    const locallip::DenseProblem<float> problem = {
-        weight, rows,  columns, batch, iterations, row_mask, col_mask, start, true, right_slots.data(), left_slots.data(),
-        sigma,  right, left};
+    const auto right_slots = scratch(steps * columns), left_slots = scratch(steps * rows);
+    const locallip::DenseProblem<float> problem = {weight,           rows,     columns, batch, iterations,
+                                                   row_mask,         col_mask, start,   true,  right_slots.get(),
+                                                   left_slots.get(), sigma,    right,   left};
     locallip::cuda::masked_norm_dense(problem, nullptr);
     return "";
   });

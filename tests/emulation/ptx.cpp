@@ -14,7 +14,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -36,13 +36,13 @@ struct Model {
   double branch, barrier, cluster_barrier, sector;
 };
 
-// What was counted of a kernel's launches, [phase][kind]; its clocks add up in `cycles`, by phase and by what was waited
-// for: results of a kind, or another cause.
+// What was counted of a kernel's launches, [phase][kind]; its clocks add up in `cycles`, by phase and by what was
+// waited for: results of a kind, or another cause.
 enum Cause { kIssue = kKinds, kBranch, kCode, kWaves, kSectors, kBarrier, kUnit0, kCauses = kUnit0 + kUnits };
 struct Counts {
   double executed[kPhases][kKinds], wavefronts[kPhases][kKinds], sectors[kPhases][kKinds], bytes[kPhases][kKinds];
   double cycles[kPhases][kCauses];
-  double total;    // of the clusters one after another
+  double total;                                             // of the clusters one after another
   double launches, blocks, cluster, threads, shared_bytes;  // of the last launch, but for their number
 };
 
@@ -63,8 +63,8 @@ struct Instruction {
   int64_t offset;
   int target;
   Fact fact;
-  int line;          // of the code
-  int spaces = 0;    // of an access: 1 shared, 2 global, 3 either
+  int line;        // of the code
+  int spaces = 0;  // of an access: 1 shared, 2 global, 3 either
   bool stores = false, commits = false;
   int awaits_but = -1;  // of groups of copies, those that need not be there
 };
@@ -99,7 +99,7 @@ struct Stretch {
   std::vector<Node> nodes;
   double issue[kPhases] = {}, code = 0;
   double unit_free[kUnits] = {};
-  int unit_user[kUnits], accessed[2], stored[2];
+  int accessed[2], stored[2];
   int64_t unit_used_in[kUnits] = {}, accessed_in[2] = {};
 };
 
@@ -124,9 +124,10 @@ struct Block {
   std::vector<Warp> warps;
   double clock = 0;                                              // when it last met
   double core[kCores][kUnits + 1] = {}, waves = 0, sectors = 0;  // since then; the last of a core: issue
-  // code kept by the multiprocessor, with when it was last used
-  std::unordered_map<int, int64_t> lines;
-  int64_t touched = 0;
+  // lines of code that are at hand
+  std::unordered_set<int> cached;
+  std::vector<int> lines;
+  uint64_t random = 1;
 };
 
 struct Access {
@@ -214,7 +215,8 @@ void define_integers(const std::string& s, const std::string& u, const std::stri
   define<T, T, 2>(names("or."), [](T a, T b) { return a | b; });
   define<T, T, 2>(names("xor."), [](T a, T b) { return a ^ b; });
   define<T, T, 2>(names("shl."), [](T a, T b) { return shifted_left(a, static_cast<u32>(b)); });
-  define<T, T, 2>(("shr." + u + " shr." + b), [](T a, T b) { return static_cast<u32>(b) < sizeof(T) * 8 ? a >> static_cast<u32>(b) : 0; });
+  define<T, T, 2>(("shr." + u + " shr." + b),
+                  [](T a, T b) { return static_cast<u32>(b) < sizeof(T) * 8 ? a >> static_cast<u32>(b) : 0; });
   define<S, S, 2>(("shr." + s), [](S a, S b) { return a >> std::min<u32>(static_cast<u32>(b), sizeof(T) * 8 - 1); });
   define<S, S, 2>(("div." + s), [](S a, S b) { return b ? a / b : -1; });
   define<T, T, 2>(("div." + u), [](T a, T b) { return b ? a / b : -1; });
@@ -262,9 +264,7 @@ void define_comparisons(const std::string& t) {
 
 template <typename T>
 void select(Machine& m, const Instruction& in, uint32_t active) {
-  each(active, [&](int lane) {
-    m.set<T>(in, 0, lane, m.get<T>(in, m.get<bool>(in, 3, lane) ? 1 : 2, lane));
-  });
+  each(active, [&](int lane) { m.set<T>(in, 0, lane, m.get<T>(in, m.get<bool>(in, 3, lane) ? 1 : 2, lane)); });
 }
 
 void define_arithmetic() {
@@ -315,7 +315,8 @@ void define_arithmetic() {
       }
     });
   });
-  define<u64, u64, 1>("mov.u16 mov.b16 mov.u32 mov.b32 mov.f32 mov.u64 mov.f64 mov.pred cvta.to.global.u64", [](u64 a) { return a; });
+  define<u64, u64, 1>("mov.u16 mov.b16 mov.u32 mov.b32 mov.f32 mov.u64 mov.f64 mov.pred cvta.to.global.u64",
+                      [](u64 a) { return a; });
   define<u64, u32, 1>("cvt.u64.u32", [](u32 a) { return a; });
   define<i64, i32, 1>("cvt.s64.s32", [](i32 a) { return a; });
   define<u32, u64, 1>("cvt.u32.u64", [](u64 a) { return a; });
@@ -446,8 +447,8 @@ void define_memory() {
 
 // ---- warps -------------------------------------------------------------------------------------------------------------
 
-// c += a b of 16 x 8 results, kDepth deep, operand(lane, i, k) the k-th number in register i of a lane; sums round toward
-// zero, as the unit's do.
+// c += a b of 16 x 8 results, kDepth deep, operand(lane, i, k) the k-th number in register i of a lane; sums round
+// toward zero, as the unit's do.
 template <int kDepth, typename Operand>
 void multiply(Machine& m, const Instruction& in, uint32_t active, Operand operand) {
   if (active != 0xFFFFFFFFu) fail("a tensor instruction that not all lanes reach");
@@ -555,17 +556,20 @@ int sectors_of(const Access& access, uint32_t active) {
   return static_cast<int>(std::unique(sectors.begin(), sectors.end()) - sectors.begin());
 }
 
-// Cycles until the code of an instruction is there.
+// Cycles until the code of an instruction is there. What it displaces is as good as random: a loop that is a little
+// longer than the cache still finds most of its lines.
 double fetched_after(Block& block, Warp& warp, int line) {
   if (line == warp.line) return 0;
   warp.line = line;
-  const bool there = block.lines.contains(line);
-  block.lines[line] = ++block.touched;
-  if (there) return 0;
-  if (static_cast<double>(block.lines.size()) > model.cached_lines)
-    block.lines.erase(std::min_element(block.lines.begin(), block.lines.end(), [](const auto& a, const auto& b) {
-      return a.second < b.second;
-    }));
+  if (!block.cached.insert(line).second) return 0;
+  if (static_cast<double>(block.lines.size()) < model.cached_lines) {
+    block.lines.push_back(line);
+  } else {
+    block.random = block.random * 6364136223846793005u + 1442695040888963407u;
+    int& displaced = block.lines[(block.random >> 33) % block.lines.size()];
+    block.cached.erase(displaced);
+    displaced = line;
+  }
   return model.line_miss;
 }
 
@@ -658,11 +662,12 @@ void charge(Machine& m, const Instruction& in, uint32_t active, bool branches) {
   }
   const int unit = model.unit[kind];
   if (unit >= 0) {
-    after(s.unit_free[unit], s.unit_used_in[unit] == s.number ? s.unit_user[unit] : -1, kUnit0 + unit);
-    const double busy = model.occupancy[kind] * fact.weight;
-    s.unit_free[unit] = node.time + busy;
-    s.unit_user[unit] = own;
+    // the unit's earlier work comes first, but does not wait for operands that are late
+    if (s.unit_used_in[unit] != s.number) s.unit_free[unit] = std::max(warp.clock, s.unit_free[unit]);
     s.unit_used_in[unit] = s.number;
+    after(s.unit_free[unit], -1, kUnit0 + unit);
+    const double busy = model.occupancy[kind] * fact.weight;
+    s.unit_free[unit] += busy;
     block.core[warp.index % kCores][unit] += busy;
   }
   for (int space = 0; space < 2; ++space)

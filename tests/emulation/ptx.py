@@ -40,7 +40,7 @@ def missing() -> str | None:
     return "nvcc is not installed" if nvcc() is None else build.missing()
 
 
-# ---- the text of a program ---------------------------------------------------------------------------------------------
+# ---- the text of a program -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -162,7 +162,7 @@ def parse(text: str) -> Iterator[Entry]:
         yield entry
 
 
-# ---- the library -------------------------------------------------------------------------------------------------------
+# ---- the library -----------------------------------------------------------------------------------------------------
 
 
 class Library:
@@ -198,18 +198,35 @@ class Library:
             raise ValueError(wrong.decode())
 
     def norms(
-        self, weight: Tensor, row_mask: Tensor, col_mask: Tensor, start: Tensor, *, geometry: Sequence[int] = (),
-        iterations: int, precision: str = "float32",
+        self,
+        weight: Tensor,
+        row_mask: Tensor,
+        col_mask: Tensor,
+        start: Tensor,
+        *,
+        geometry: Sequence[int] = (),
+        iterations: int,
+        precision: str = "float32",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """sigma, right, left of masks [B, units]; a convolution's weight is [out, height, width, in], and `geometry` the
-        fields of ConvolutionGeometry. ValueError where the kernel says no."""
+        """sigma, right, left for masks [B, units]. ValueError where the kernel says no.
+
+        geometry: a convolution's, as the fields of ConvolutionGeometry; its weight is [out, height, width, in].
+        """
         batch = len(row_mask)
-        results = weight.new_full((batch,), math.nan), weight.new_full(col_mask.shape, math.nan), weight.new_full(row_mask.shape, math.nan)
+        results = (
+            weight.new_full((batch,), math.nan),
+            weight.new_full(col_mask.shape, math.nan),
+            weight.new_full(row_mask.shape, math.nan),
+        )
         numbers = geometry or weight.shape
         run = self.handle.locallip_convolution_norms if geometry else self.handle.locallip_dense_norms
         arrays = [ctypes.c_void_p(x.data_ptr()) for x in (row_mask, col_mask, start, weight)]
         wrong = run(
-            (ctypes.c_int * len(numbers))(*numbers), batch, iterations, *arrays, PRECISIONS.index(precision),
+            (ctypes.c_int * len(numbers))(*numbers),
+            batch,
+            iterations,
+            *arrays,
+            PRECISIONS.index(precision),
             *(ctypes.c_void_p(x.data_ptr()) for x in results),
         )
         if wrong:
@@ -219,9 +236,7 @@ class Library:
 
 def _host_name(name: str) -> str:
     """Of a kernel: the unnamed namespace has a name of its own from either compiler."""
-    return re.sub(
-        r"(\d+)(_GLOBAL__N__\w+)", lambda found: "12_GLOBAL__N_1" + found[2][int(found[1]) :], name
-    )
+    return re.sub(r"(\d+)(_GLOBAL__N__\w+)", lambda found: "12_GLOBAL__N_1" + found[2][int(found[1]) :], name)
 
 
 def make(source: Path, folder: Path) -> Library:
@@ -240,9 +255,25 @@ def make(source: Path, folder: Path) -> Library:
 
     if not library.exists():
         for path in kernels:
-            run([compiler, "-ptx", "-lineinfo", f"-arch={ARCHITECTURE}", "-std=c++17", "-O3", path, "-o", target / f"{path.stem}.ptx"])
+            run(
+                [
+                    compiler,
+                    "-ptx",
+                    "-lineinfo",
+                    f"-arch={ARCHITECTURE}",
+                    "-std=c++17",
+                    "-O3",
+                    path,
+                    "-o",
+                    target / f"{path.stem}.ptx",
+                ]
+            )
         parts = [(path, ["-O0", "-x", "c++"]) for path in kernels]
-        parts += [(build.HERE / "emulation.cpp", ["-O1"]), (build.HERE / "ptx.cpp", ["-O2"]), (build.HERE / "norms.cpp", ["-O0"])]
+        parts += [
+            (build.HERE / "emulation.cpp", ["-O1"]),
+            (build.HERE / "ptx.cpp", ["-O2"]),
+            (build.HERE / "norms.cpp", ["-O0"]),
+        ]
         for path, own in parts:
             flags = ["-std=c++20", "-w", "-fPIC", f"-I{build.HERE}", f"-I{source}", *own]
             run([build.CXX, *flags, "-c", path, "-o", target / f"{path.stem}.o"])
