@@ -2,6 +2,7 @@
 
     python -m bench counts                       the layers of three networks, and one layer by its phases
     python -m bench counts --source OTHER/csrc   the kernels of another checkout
+    python -m bench counts --measured FILE       beside the times of bench/results/gpu-h200-norms-2026-11-27.md
     python -m bench counts --json FILE           keep the counts;   --against FILE: fail where one of them has risen
     python -m bench counts --check               a few layers against bench/counts.json, which
     python -m bench counts --check --json bench/counts.json   renews
@@ -36,6 +37,7 @@ import ctypes
 import itertools
 import json
 import math
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -424,6 +426,41 @@ def table(counted: Sequence[Counted], batch: int) -> list[str]:
     return markdown_table(head, rows)
 
 
+_MEASURED = re.compile(
+    r"\| (?:conv (?P<kernel>\d)x\d(?:/(?P<stride>\d))?, (?P<into>\d+) to (?P<out>\d+) on (?P<size>\d+)x\d+"
+    r"|dense (?P<rows>\d+)x(?P<columns>\d+)), density (?P<density>[\d.]+), (?P<precision>\w+), on chip \|(?P<ms>.*)\|"
+)
+
+
+def fit_table(counter: Counter, text: str, batch: int) -> list[str]:
+    """Counted over measured times, of a file of results with a row a layer and a column a number of iterations."""
+    head = re.search(r"\| ms for \|(.*)\|", text)
+    assert head is not None
+    iterations = [int(number) for number in re.findall(r"\d+", head[1])]
+    rows, errors = [], []
+    for found in _MEASURED.finditer(text):
+        if found["size"]:
+            kernel, stride, into, out, size = (int(found[k] or 1) for k in ("kernel", "stride", "into", "out", "size"))
+            layer = Layer(into, out, size, kernel, stride, 1, density=float(found["density"]))
+        else:
+            layer = Layer(int(found["columns"]), int(found["rows"]), density=float(found["density"]))
+            if found["precision"] != "float32":
+                continue
+        row = [f"{layer.title}, {found['precision']}"]
+        for number, ms in zip(iterations, found["ms"].split("|"), strict=True):
+            if ms.strip():
+                counted = 1e3 * counter.count(layer, found["precision"], number).seconds(batch)
+                if layer.size:
+                    errors.append(math.log(counted / float(ms)))
+                row.append(f"{counted:.3f} / {float(ms):.3f} = {counted / float(ms):.2f}")
+            else:
+                row.append("")
+        rows.append(row)
+    spread = math.exp(math.sqrt(sum(error * error for error in errors) / len(errors)))
+    table = markdown_table(["counted / measured, ms", *map(str, iterations)], rows)
+    return [*table, "", f"Convolutions: off by a factor of {spread:.2f} (root mean square of the logarithms)."]
+
+
 def phase_table(counted: Counted) -> list[str]:
     rows = []
     main = counted.kernels[-1]
@@ -480,12 +517,18 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
     parser.add_argument("--against", type=Path, metavar="FILE", help="fail where a count is above the file's")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="counted over the measured times of a results file"
+    )
     parser.add_argument("--check", action="store_true", help=f"a few layers against {COMMITTED.name}")
     options = parser.parse_args(arguments)
     if reason := ptx.missing():
         print(f"Counts left out: {reason}.")
         return 0
     counter = Counter(options.source.resolve())
+    if options.measured:
+        print(*fit_table(counter, options.measured.read_text(), options.batch), sep="\n")
+        return 0
     against = options.against or (COMMITTED if options.check and not options.json else None)
     if options.check:
         counted = list(checked(counter))

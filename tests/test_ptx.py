@@ -85,6 +85,82 @@ def test_norms(counter: counts.Counter, layer: Layer, shared: int, precision: st
         assert (of_launch(counter, "convolution_kernel").cluster > 1) == (shared == IN_A_CLUSTER)
 
 
+def launched(counter: counts.Counter, body: str, *arrays: Tensor) -> counts.Counts:
+    """Runs the PTX of one warp: %a0, %a1, ... are the arrays' addresses, %lane the lane; 4 KiB of shared memory."""
+    parameters = ",".join(f".param .u64 p{i}" for i in range(len(arrays)))
+    loads = "".join(f"ld.param.u64 %a{i}, [p{i}];\n" for i in range(len(arrays)))
+    (entry,) = ptx.parse(f".entry snippet({parameters})\n{{\nmov.u32 %lane, %tid.x;\n{loads}{body}ret;\n}}\n")
+    counter.library.entries["snippet"] = entry
+    try:
+        counter.library.load("snippet", counts.facts(entry))
+    finally:
+        del counter.library.entries["snippet"]
+    addresses = b"".join(array.data_ptr().to_bytes(8, "little") for array in arrays)
+    found = counter.counted("snippet")
+    ctypes.memset(ctypes.byref(found), 0, ctypes.sizeof(found))
+    wrong = counter.handle.locallip_ptx_launch(
+        b"snippet", 1, 32, ctypes.c_size_t(4096), addresses, ctypes.c_size_t(len(addresses))
+    )
+    assert wrong is None, wrong
+    return found
+
+
+def test_a_product_in_bfloat16(counter: counts.Counter) -> None:
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(16, 16, generator=random).bfloat16(), torch.randn(16, 8, generator=random).bfloat16()
+    c = torch.randn(16, 8, generator=random)
+    # lane by lane, pairs of neighbours in depth: a at (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
+    lanes = [(lane // 4, lane % 4) for lane in range(32)]
+    of_a = torch.stack([a[g + 8 * (i % 2), 2 * t + 8 * (i // 2) :][:2] for g, t in lanes for i in range(4)])
+    of_b = torch.stack([b[2 * t + 8 * i :][:2, g] for g, t in lanes for i in range(2)])
+    of_c = torch.stack([c[g + 8 * i, 2 * t :][:2] for g, t in lanes for i in range(2)])
+    sums = "{%f0, %f1, %f2, %f3}"
+    launched(
+        counter,
+        f"""
+        shl.b32 %by8, %lane, 3;
+        shl.b32 %by16, %lane, 4;
+        cvt.u64.u32 %near, %by8;
+        cvt.u64.u32 %far, %by16;
+        add.s64 %a, %a0, %far;
+        add.s64 %b, %a1, %near;
+        add.s64 %c, %a2, %far;
+        ld.global.v4.u32 {{%r0, %r1, %r2, %r3}}, [%a];
+        ld.global.v2.u32 {{%r4, %r5}}, [%b];
+        ld.global.v4.f32 {sums}, [%c];
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {sums}, {{%r0, %r1, %r2, %r3}}, {{%r4, %r5}}, {sums};
+        st.global.v4.f32 [%c], {sums};
+        """,
+        *(of_a, of_b, of_c),
+    )
+    expected = a.double() @ b.double() + c.double()
+    found = torch.stack([of_c[2 * (4 * (i % 8) + j // 2) + i // 8, j % 2] for i in range(16) for j in range(8)])
+    torch.testing.assert_close(found.view(16, 8).double(), expected, rtol=1e-6, atol=1e-6)
+    assert bool((found.view(16, 8).double().abs() <= expected.abs()).all())  # toward zero
+
+
+@pytest.mark.parametrize(
+    "access, shift, wavefronts",
+    [("f32", 2, 1), ("f32", 3, 2), ("f32", 7, 32), ("f32", 0, None), ("v2.f32", 3, 2), ("v4.f32", 4, 4), ("f64", 3, 2)],
+)
+def test_wavefronts_of_shared_memory(counter: counts.Counter, access: str, shift: int, wavefronts: int | None) -> None:
+    """Lanes 2 ** shift bytes apart; all at one place where that is 1."""
+    registers = {"v2.f32": "{%f0, %f1}", "v4.f32": "{%f0, %f1, %f2, %f3}"}.get(access, "%f0")
+    step = f"shl.b32 %at, %lane, {shift};\n" if shift else "mov.u32 %at, 0;\n"
+    found = launched(counter, f"{step}ld.shared.{access} {registers}, [%at];\n")
+    phase, load = counts.PHASES.index("rest"), counts.NUMBER["shared load"]
+    assert found.wavefronts[phase][load] == (wavefronts or 1)
+
+
+@pytest.mark.parametrize("shift, sectors", [(2, 4), (3, 8), (5, 32)])
+def test_sectors_of_global_memory(counter: counts.Counter, shift: int, sectors: int) -> None:
+    array = torch.zeros(512)
+    step = f"shl.b32 %by, %lane, {shift};\ncvt.u64.u32 %far, %by;\nadd.s64 %at, %a0, %far;\n"
+    found = launched(counter, f"{step}ld.global.f32 %f0, [%at];\n", array)
+    phase, load = counts.PHASES.index("rest"), counts.NUMBER["global load"]
+    assert found.sectors[phase][load] == sectors and found.bytes[phase][load] == 128
+
+
 def test_an_unknown_instruction_is_named(counter: counts.Counter) -> None:
     name, entry = next(iter(counter.library.entries.items()))
     first = dataclasses.replace(entry.instructions[0], opcode="ld.unheard")

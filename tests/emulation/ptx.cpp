@@ -267,6 +267,28 @@ void select(Machine& m, const Instruction& in, uint32_t active) {
   each(active, [&](int lane) { m.set<T>(in, 0, lane, m.get<T>(in, m.get<bool>(in, 3, lane) ? 1 : 2, lane)); });
 }
 
+// One register, or two halves of it side by side: together or apart.
+template <typename T, typename Half>
+void move(Machine& m, const Instruction& in, uint32_t active) {
+  each(active, [&](int lane) {
+    if (in.results == 2) {
+      const T whole = m.get<T>(in, 2, lane);
+      m.set<Half>(in, 0, lane, static_cast<Half>(whole));
+      m.set<Half>(in, 1, lane, static_cast<Half>(whole >> sizeof(Half) * 8));
+    } else if (in.count == 3) {
+      m.set<T>(in, 0, lane, m.get<Half>(in, 1, lane) | static_cast<T>(m.get<Half>(in, 2, lane)) << sizeof(Half) * 8);
+    } else {
+      m.set<T>(in, 0, lane, m.get<T>(in, 1, lane));
+    }
+  });
+}
+
+// To the nearest, ties to even.
+u16 to_bfloat16(float x) {
+  const u32 bits = bits_of(x);
+  return static_cast<u16>(x != x ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+}
+
 void define_arithmetic() {
   define_integers<u16>("s16", "u16", "b16");
   define_integers<u32>("s32", "u32", "b32");
@@ -302,20 +324,9 @@ void define_arithmetic() {
     for (int i = 0; i < 32; ++i) reversed |= (a >> i & 1) << (31 - i);
     return reversed;
   });
-  // the low bits of two registers side by side, and apart
-  define("mov.b64", [](Machine& m, const Instruction& in, uint32_t active) {
-    each(active, [&](int lane) {
-      const auto low = m.get<u32>(in, in.results, lane);
-      if (in.results == 2) {
-        const auto whole = m.get<u64>(in, 2, lane);
-        m.set<u32>(in, 0, lane, static_cast<u32>(whole));
-        m.set<u32>(in, 1, lane, static_cast<u32>(whole >> 32));
-      } else {
-        m.set<u64>(in, 0, lane, in.count == 3 ? low | m.get<u64>(in, 2, lane) << 32 : m.get<u64>(in, 1, lane));
-      }
-    });
-  });
-  define<u64, u64, 1>("mov.u16 mov.b16 mov.u32 mov.b32 mov.f32 mov.u64 mov.f64 mov.pred cvta.to.global.u64",
+  define("mov.b32", move<u32, u16>);
+  define("mov.b64", move<u64, u32>);
+  define<u64, u64, 1>("mov.u16 mov.b16 mov.u32 mov.f32 mov.u64 mov.f64 mov.pred cvta.to.global.u64",
                       [](u64 a) { return a; });
   define<u64, u32, 1>("cvt.u64.u32", [](u32 a) { return a; });
   define<i64, i32, 1>("cvt.s64.s32", [](i32 a) { return a; });
@@ -328,6 +339,26 @@ void define_arithmetic() {
   define<float, u32, 1>("cvt.rn.f32.u32", [](u32 a) { return a; });
   define<double, i32, 1>("cvt.rn.f64.s32", [](i32 a) { return a; });
   define<double, u32, 1>("cvt.rn.f64.u32", [](u32 a) { return a; });
+  define<u16, float, 1>("cvt.rn.bf16.f32", [](float a) { return to_bfloat16(a); });
+  define<u32, float, 2>("cvt.rn.bf16x2.f32", [](float upper, float lower) {
+    return static_cast<u32>(to_bfloat16(upper)) << 16 | to_bfloat16(lower);
+  });
+  define<float, u16, 1>("cvt.f32.bf16", [](u16 a) { return float_of(static_cast<u32>(a) << 16); });
+  define<u32, u32, 3>("prmt.b32", [](u32 a, u32 b, u32 selector) {
+    const u64 bytes = a | static_cast<u64>(b) << 32;
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) {
+      const u32 which = selector >> 4 * i & 15, byte = bytes >> (which & 7) * 8 & 255;
+      result |= (which & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+    }
+    return result;
+  });
+  define<u32, u32, 3>("shf.l.wrap.b32", [](u32 low, u32 high, u32 by) {
+    return static_cast<u32>(((static_cast<u64>(high) << 32 | low) << (by & 31)) >> 32);
+  });
+  define<u32, u32, 3>("shf.r.wrap.b32", [](u32 low, u32 high, u32 by) {
+    return static_cast<u32>((static_cast<u64>(high) << 32 | low) >> (by & 31));
+  });
   define<u32, float, 1>("cvt.rna.tf32.f32", [](float a) { return to_tf32(a); });
 }
 
@@ -902,6 +933,20 @@ extern "C" const char* locallip_ptx_program(const char* text) {
   static std::string what;
   try {
     take_program(text);
+    return nullptr;
+  } catch (const std::exception& error) {
+    what = error.what();
+    return what.c_str();
+  }
+}
+
+// A program by itself, in place of a launch of the host code's.
+extern "C" const char* locallip_ptx_launch(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes,
+                                           const unsigned char* parameters, size_t bytes) {
+  static std::string what;
+  try {
+    emulation::kernels()[name] = name;
+    emulation::run_translated(name, {blocks, threads, 1, shared_bytes, {parameters, parameters + bytes}});
     return nullptr;
   } catch (const std::exception& error) {
     what = error.what();

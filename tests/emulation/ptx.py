@@ -171,7 +171,12 @@ class Library:
     def __init__(self, path: Path, entries: dict[str, Entry]) -> None:
         self.handle = ctypes.CDLL(str(path))
         self.entries = entries
-        for function in ("locallip_ptx_program", "locallip_convolution_norms", "locallip_dense_norms"):
+        for function in (
+            "locallip_ptx_program",
+            "locallip_ptx_launch",
+            "locallip_convolution_norms",
+            "locallip_dense_norms",
+        ):
             getattr(self.handle, function).restype = ctypes.c_char_p
         # kernels are not exported: the distance from a symbol that is finds them
         listed = subprocess.run(["nm", str(path)], check=True, capture_output=True, text=True).stdout
