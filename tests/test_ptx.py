@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import counts
 from bench.counts import Layer
-from tests.emulation import ptx
+from tests.emulation import build, ptx
 
 reason = ptx.missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"PTX is not executed: {reason}")
@@ -23,7 +23,7 @@ IN_ONE_BLOCK, IN_A_CLUSTER = 232448, 20000  # bytes of shared memory
 
 @pytest.fixture(scope="module")
 def counter() -> counts.Counter:
-    return counts.Counter(ptx.build.ROOT / "csrc")
+    return counts.Counter(build.ROOT / "csrc")
 
 
 def of_launch(counter: counts.Counter, kernel: str) -> counts.Counts:
@@ -86,10 +86,11 @@ def test_norms(counter: counts.Counter, layer: Layer, shared: int, precision: st
 
 
 def launched(counter: counts.Counter, body: str, *arrays: Tensor) -> counts.Counts:
-    """Runs the PTX of one warp: %a0, %a1, ... are the arrays' addresses, %lane the lane; 4 KiB of shared memory."""
+    """Runs one warp with 4 KiB of shared memory. Registers: %a0 to 8 of 64 bits, the arrays' addresses first; %r, %f."""
     parameters = ",".join(f".param .u64 p{i}" for i in range(len(arrays)))
     loads = "".join(f"ld.param.u64 %a{i}, [p{i}];\n" for i in range(len(arrays)))
-    (entry,) = ptx.parse(f".entry snippet({parameters})\n{{\nmov.u32 %lane, %tid.x;\n{loads}{body}ret;\n}}\n")
+    registers = ".reg .b64 %a<9>;\n.reg .b32 %r<9>;\n.reg .f32 %f<9>;\n"
+    (entry,) = ptx.parse(f".entry snippet({parameters})\n{{\n{registers}{loads}{body}ret;\n}}\n")
     counter.library.entries["snippet"] = entry
     try:
         counter.library.load("snippet", counts.facts(entry))
@@ -118,18 +119,18 @@ def test_a_product_in_bfloat16(counter: counts.Counter) -> None:
     launched(
         counter,
         f"""
-        shl.b32 %by8, %lane, 3;
-        shl.b32 %by16, %lane, 4;
-        cvt.u64.u32 %near, %by8;
-        cvt.u64.u32 %far, %by16;
-        add.s64 %a, %a0, %far;
-        add.s64 %b, %a1, %near;
-        add.s64 %c, %a2, %far;
-        ld.global.v4.u32 {{%r0, %r1, %r2, %r3}}, [%a];
-        ld.global.v2.u32 {{%r4, %r5}}, [%b];
-        ld.global.v4.f32 {sums}, [%c];
+        shl.b32 %r6, %laneid, 3;
+        shl.b32 %r7, %laneid, 4;
+        cvt.u64.u32 %a3, %r6;
+        cvt.u64.u32 %a4, %r7;
+        add.s64 %a5, %a0, %a4;
+        add.s64 %a6, %a1, %a3;
+        add.s64 %a7, %a2, %a4;
+        ld.global.v4.u32 {{%r0, %r1, %r2, %r3}}, [%a5];
+        ld.global.v2.u32 {{%r4, %r5}}, [%a6];
+        ld.global.v4.f32 {sums}, [%a7];
         mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {sums}, {{%r0, %r1, %r2, %r3}}, {{%r4, %r5}}, {sums};
-        st.global.v4.f32 [%c], {sums};
+        st.global.v4.f32 [%a7], {sums};
         """,
         *(of_a, of_b, of_c),
     )
@@ -146,8 +147,8 @@ def test_a_product_in_bfloat16(counter: counts.Counter) -> None:
 def test_wavefronts_of_shared_memory(counter: counts.Counter, access: str, shift: int, wavefronts: int | None) -> None:
     """Lanes 2 ** shift bytes apart; all at one place where that is 1."""
     registers = {"v2.f32": "{%f0, %f1}", "v4.f32": "{%f0, %f1, %f2, %f3}"}.get(access, "%f0")
-    step = f"shl.b32 %at, %lane, {shift};\n" if shift else "mov.u32 %at, 0;\n"
-    found = launched(counter, f"{step}ld.shared.{access} {registers}, [%at];\n")
+    step = f"shl.b32 %r0, %laneid, {shift};\n" if shift else "mov.u32 %r0, 0;\n"
+    found = launched(counter, f"{step}ld.shared.{access} {registers}, [%r0];\n")
     phase, load = counts.PHASES.index("rest"), counts.NUMBER["shared load"]
     assert found.wavefronts[phase][load] == (wavefronts or 1)
 
@@ -155,10 +156,15 @@ def test_wavefronts_of_shared_memory(counter: counts.Counter, access: str, shift
 @pytest.mark.parametrize("shift, sectors", [(2, 4), (3, 8), (5, 32)])
 def test_sectors_of_global_memory(counter: counts.Counter, shift: int, sectors: int) -> None:
     array = torch.zeros(512)
-    step = f"shl.b32 %by, %lane, {shift};\ncvt.u64.u32 %far, %by;\nadd.s64 %at, %a0, %far;\n"
-    found = launched(counter, f"{step}ld.global.f32 %f0, [%at];\n", array)
+    step = f"shl.b32 %r0, %laneid, {shift};\ncvt.u64.u32 %a1, %r0;\nadd.s64 %a2, %a0, %a1;\n"
+    found = launched(counter, f"{step}ld.global.f32 %f0, [%a2];\n", array)
     phase, load = counts.PHASES.index("rest"), counts.NUMBER["global load"]
     assert found.sectors[phase][load] == sectors and found.bytes[phase][load] == 128
+
+
+def test_an_unknown_register_is_named(counter: counts.Counter) -> None:
+    with pytest.raises(ValueError, match="%smid"):
+        launched(counter, "mov.u32 %r0, %smid;\n")
 
 
 def test_an_unknown_instruction_is_named(counter: counts.Counter) -> None:

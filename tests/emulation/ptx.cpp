@@ -1,9 +1,9 @@
 // Executes PTX as ptx.py reads it, a warp at a time, and counts what it executes. Lanes of a warp that diverge go on
 // apart and meet again at the first instruction that both reach: those at the lowest place in the program go first.
 //
-// Beside the counts it keeps a clock: every warp issues in order, an instruction once its operands are there; behind a
-// barrier all warps go on together, after the slowest of them or after what their instructions take of a unit that
-// they share. bench/counts.py says which latencies and rates, and what that is a model of.
+// Beside the counts it keeps a clock: a warp's instructions wait for their operands; behind a barrier all warps go on
+// together, after the slowest of them or after what they took of a unit that they share. bench/counts.py says which
+// latencies and rates, and what that is a model of.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -70,7 +70,7 @@ struct Instruction {
 };
 
 struct Program {
-  int registers, parameter_bytes, special[4];
+  int registers, parameter_bytes, special[6];
   std::vector<std::pair<int, uint64_t>> constants;
   std::vector<Instruction> code;
 };
@@ -140,7 +140,6 @@ struct Machine {
   const Program* program;
   const unsigned char* parameters;
   std::vector<Block>* blocks;
-  unsigned threads;
   Warp* warp;
   uint32_t branched;  // lanes that go to the target
   Access access;
@@ -543,7 +542,7 @@ void define_warps() {
   define("bar.warp.sync", [](Machine& m, const Instruction& in, uint32_t active) {
     if (active != m.get<u32>(in, 0, std::countr_zero(active))) fail("a warp's barrier that not all its lanes reach");
   });
-  define("bra", [](Machine& m, const Instruction&, uint32_t active) { m.branched = active; });
+  define("bra bra.uni", [](Machine& m, const Instruction&, uint32_t active) { m.branched = active; });
   define("ret", [](Machine& m, const Instruction&, uint32_t active) { m.warp->alive &= ~active; });
   const auto wait = [](Machine& m, const Instruction&, uint32_t active) {
     if (active != m.warp->alive) fail("a barrier that not all lanes reach");
@@ -819,7 +818,7 @@ bool run_to_cluster_barrier(Machine& m, Block& block) {
 void run_cluster(const Program& program, const Launch& launch, unsigned first) {
   std::vector<Block> blocks(launch.cluster);
   const unsigned threads = launch.block.count();
-  Machine m{&program, launch.parameters.data(), &blocks, threads, nullptr, 0, {}};
+  Machine m{&program, launch.parameters.data(), &blocks, nullptr, 0, {}};
   for (unsigned rank = 0; rank < launch.cluster; ++rank) {
     Block& block = blocks[rank];
     block.index = first + rank;
@@ -843,7 +842,9 @@ void run_cluster(const Program& program, const Launch& launch, unsigned first) {
       fill(program.special[0], w * kWarp, 1);
       fill(program.special[1], block.index, 0);
       fill(program.special[2], threads, 0);
-      fill(program.special[3], rank, 0);
+      fill(program.special[3], launch.grid.count(), 0);
+      fill(program.special[4], rank, 0);
+      fill(program.special[5], 0, 1);
       for (unsigned lane = 0; lane < kWarp; ++lane)
         if (w * kWarp + lane < threads) warp.alive |= 1u << lane;
     }

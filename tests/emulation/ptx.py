@@ -24,7 +24,7 @@ from . import build
 ARCHITECTURE = "sm_90"
 KERNELS = ("masked_norm_convolution", "masked_norm_dense")
 PRECISIONS = ("float32", "tf32", "bfloat16")
-SPECIAL = ("tid.x", "ctaid.x", "ntid.x", "cluster_ctarank")
+SPECIAL = ("%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x", "%cluster_ctarank", "%laneid")  # as ptx.cpp fills them
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
@@ -59,12 +59,17 @@ class Instruction:
 
 @dataclass
 class Entry:
-    """One kernel. constants: register to the 64 bits that it always holds; labels: to the number of an instruction."""
+    """One kernel. constants: register to the 64 bits that it always holds; labels: to the number of an instruction.
+
+    own: names of registers, where a number may follow; shared: the one array of shared memory.
+    """
 
     name: str
     parameters: dict[str, int] = field(default_factory=dict)
     parameter_bytes: int = 0
     registers: dict[str, int] = field(default_factory=dict)
+    own: set[str] = field(default_factory=set)
+    shared: str = ""
     constants: dict[int, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     blocks: int = 1  # that the kernel is compiled to have on a multiprocessor
@@ -76,8 +81,18 @@ class Entry:
     def operand(self, text: str) -> int:
         """Of a value: a register's number, that of a constant's where it is one."""
         number = self.register(text)
-        if text.startswith("%") or re.fullmatch(r"there|_", text):
-            return number
+        name, _, distance = text.partition("+")
+        if text in self.parameters:
+            self.constants[number] = self.parameters[text]
+        elif text.startswith(("0f", "0d")):
+            self.constants[number] = int(text[2:], 16)
+        elif re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", text):
+            self.constants[number] = int(text, 0) % 2**64
+        elif name == self.shared:
+            self.constants[number] = int(distance or 0)
+        elif text not in SPECIAL and text != "_" and re.sub(r"\d+$", "", text) not in self.own:
+            raise ValueError(f"{text}, in {self.name}, is nothing that is known here")
+        return number
         if text in self.parameters:
             self.constants[number] = self.parameters[text]
         elif text.startswith(("0f", "0d")):
@@ -100,8 +115,8 @@ def _parameters(entry: Entry, header: str) -> None:
 
 def _instruction(entry: Entry, statement: str) -> Instruction:
     guard, opcode, rest = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*)", statement, re.DOTALL).groups()  # type: ignore[union-attr]
-    if opcode in ("bra", "bra.uni"):
-        return Instruction("bra", guard or "", 0, [], target=rest)
+    if opcode.startswith("bra"):
+        return Instruction(opcode, guard or "", 0, [], target=rest)
     offset = 0
     memory = re.search(r"\[([^\]]+)\]", rest)
     operands = [part.strip() for part in re.split(r"[,|{}]|\[[^\]]+\]", rest) if part.strip()]
@@ -133,6 +148,8 @@ def parse(text: str) -> Iterator[Entry]:
     place = re.compile(r"\.loc\s+(\d+) (\d+) (\d+)(?:, function_name (\S+), inlined_at (\d+) (\d+) (\d+))?")
     for name, header, body in re.findall(r"\.entry (\w+)\((.*?)\)\n(.*?)^}", text, re.MULTILINE | re.DOTALL):
         entry = Entry(name)
+        entry.shared = "".join(re.findall(r"^\.extern \.shared .* (\w+)\[\];", text, re.MULTILINE))
+        entry.own = set(re.findall(r"\.reg\s+\.\w+\s+([%\w]+?)(?:<\d+>)?\s*;", body))
         if found := re.search(r"\.minnctapersm (\d+)", body):
             entry.blocks = int(found[1])
         _parameters(entry, header)
@@ -143,7 +160,7 @@ def parse(text: str) -> Iterator[Entry]:
         for line in body.splitlines():
             line = line.partition("//")[0].strip()
             if found := place.match(line):
-                at, (function, *outer) = found.groups()[:3], found.groups()[3:]
+                at, (function, *outer) = (found[1], found[2], found[3]), found.groups()[3:]
                 if function:
                     functions = (names[function], *chains.get(tuple(outer), ()))
                 elif at[1] != "0":  # what the compiler made of several places has lost the chain
@@ -158,7 +175,7 @@ def parse(text: str) -> Iterator[Entry]:
                         made = _instruction(entry, statement)
                         made.functions, made.block = functions, block
                         entry.instructions.append(made)
-                        block += made.opcode in ("bra", "ret")
+                        block += made.opcode.startswith(("bra", "ret"))
         yield entry
 
 
@@ -192,7 +209,7 @@ class Library:
         entry = self.entries[name]
         head = [name, len(entry.registers), entry.parameter_bytes, len(entry.constants), len(entry.instructions)]
         lines = [" ".join(map(str, head)), *(f"{number} {value}" for number, value in entry.constants.items())]
-        lines.append(" ".join(str(entry.registers.get(f"%{which}", -1)) for which in SPECIAL))
+        lines.append(" ".join(str(entry.registers.get(which, -1)) for which in SPECIAL))
         for i, made in enumerate(entry.instructions):
             guard = entry.registers[made.guard.lstrip("!")] if made.guard else -1
             target = entry.labels[made.target] if made.target else -1
