@@ -86,7 +86,7 @@ def test_norms(counter: counts.Counter, layer: Layer, shared: int, precision: st
 
 
 def launched(counter: counts.Counter, body: str, *arrays: Tensor) -> counts.Counts:
-    """Runs one warp with 4 KiB of shared memory. Registers: %a0 to 8 of 64 bits, the arrays' addresses first; %r, %f."""
+    """Runs one warp with 4 KiB of shared memory. %a0 to 8: of 64 bits, the arrays' addresses first; %r, %f."""
     parameters = ",".join(f".param .u64 p{i}" for i in range(len(arrays)))
     loads = "".join(f"ld.param.u64 %a{i}, [p{i}];\n" for i in range(len(arrays)))
     registers = ".reg .b64 %a<9>;\n.reg .b32 %r<9>;\n.reg .f32 %f<9>;\n"
