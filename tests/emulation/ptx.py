@@ -29,10 +29,10 @@ SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
 def nvcc() -> str | None:
-    """The compiler: CUDA_HOME's, PATH's, or that of /usr/local."""
-    homes = [os.environ.get("CUDA_HOME"), *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
-    found = [f"{home}/bin/nvcc" for home in homes if home and Path(home, "bin/nvcc").exists()]
-    return shutil.which("nvcc") or next(iter(found), None)
+    """The compiler: CUDA_HOME's, or PATH's, or the newest of /usr/local."""
+    homes = [os.environ.get("CUDA_HOME", ""), *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
+    found = [shutil.which("nvcc", path=f"{home}/bin") for home in homes]
+    return found[0] or shutil.which("nvcc") or next(filter(None, found), None)
 
 
 def missing() -> str | None:
