@@ -7,6 +7,7 @@
     python -m bench --compare OLD.json NEW.json   ratios of two runs (of two commits, say) side by side
     python -m bench --prepare               train the networks and fill torch.compile's cache, timing nothing
     python -m bench --launch                the kernels that a profiler (ncu) is to see, once each
+    python -m bench counts                  what the kernels execute and a model of its cycles, without a GPU
     python -m bench certificate --checkpoint RUN --data DATA_ROOT   what certificates cost by guarantee and by layer
 
 They run on the GPU where there is one; bench/gpu_check.sh builds and tests on it first. What is timed is in
@@ -64,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench import bench_certificate
 
         return bench_certificate.main(arguments[1:])
+    if arguments[:1] == ["counts"]:
+        from bench import counts
+
+        return counts.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -27,12 +27,18 @@ struct OneOperator {
 };
 
 #if defined(LOCALLIP_CUDA) || defined(LOCALLIP_EMULATED_CUDA)
-// The fewest iterations from which on the kernel of a convolution is the faster one: below, its phases beside the
-// iteration cost more than the library's products of whole batches (measured on an H200, B = 256).
-constexpr int64_t kLeast = 1, kLeastInTf32 = 4;
+// Whether the kernel of a convolution is faster than the library's products of whole batches. Its phases beside the
+// iteration want some iterations to pay; where the library has tensor cores' rate, large clusters do not keep up; and a
+// block of few pixels waits for the weights. (By cycles counted for the kernel, bench/counts.py, whose model is within
+// a tenth of times measured on an H200, and by the measured times of the library; not by times of this kernel.)
+bool on_chip_is_faster(const ConvolutionGeometry& g, Precision precision, int blocks, int64_t iterations) {
+  const bool tensor_cores = precision != Precision::kFloat32;
+  return iterations >= (tensor_cores ? 2 : 1) && blocks <= (tensor_cores ? 2 : 8) &&
+         g.out_height * g.out_width >= 24 * blocks;
+}
 
 // The one place that chooses how a GPU computes norms: on chip in one kernel where the layer fits, needs no restart and
-// has iterations enough, else by the streaming path (false). LOCALLIP_STREAMING=1 or 0 decides it, for measuring one
+// gains by it, else by the streaming path (false). LOCALLIP_STREAMING=1 or 0 decides it, for measuring one
 // against the other.
 bool resident_masked_norm(NormProblem& in, const Operator& op, bool bfloat16) {
   const Tensor& weight = op.weight;
@@ -41,9 +47,7 @@ bool resident_masked_norm(NormProblem& in, const Operator& op, bool bfloat16) {
 #endif
   const char* asked = std::getenv("LOCALLIP_STREAMING");
   const std::string streaming = asked ? asked : "";
-  const auto precision = bfloat16 ? Precision::kBfloat16 : tf32_is_wanted() ? Precision::kTf32 : Precision::kFloat32;
-  const int64_t least = weight.dim() == 2 ? 0 : tf32_is_wanted() ? kLeastInTf32 : kLeast;
-  if (streaming == "1" || (streaming != "0" && in.iterations < least)) return false;
+  if (streaming == "1") return false;
   if (in.iterations + 1 > kWindow) return false;
   const auto iterations = static_cast<int>(in.iterations);
   const auto slots = [&](int64_t count, int64_t units) { return at::empty({count, in.batch, units}, in.options()); };
@@ -78,7 +82,12 @@ bool resident_masked_norm(NormProblem& in, const Operator& op, bool bfloat16) {
                                         size(in.output_shape, 1), size(in.output_shape, 2), size(in.output_shape, 3),
                                         size(weight.sizes(), 2),  size(weight.sizes(), 3),  size(op.stride, 0),
                                         size(op.stride, 1),       size(op.padding, 0),      size(op.padding, 1)};
-  if (!cuda::convolution_fits(geometry, precision, in.batch)) return false;
+  const auto precision = bfloat16 && bfloat16_is_fast(weight) ? Precision::kBfloat16
+                         : tf32_is_wanted()                   ? Precision::kTf32
+                                                              : Precision::kFloat32;
+  const int blocks = cuda::convolution_blocks(geometry, precision);
+  if (blocks == 0) return false;
+  if (streaming != "0" && !on_chip_is_faster(geometry, precision, blocks, in.iterations)) return false;
   const auto [packed_words, right_words, left_words] =
       cuda::convolution_scratch(geometry, precision, in.batch, iterations);
   const auto words = [&](int64_t count) { return at::empty({count}, in.options().dtype(at::kInt)); };

@@ -133,8 +133,9 @@ LOCALLIP_DECLARE_MASKED_NORM(LOCALLIP_COMMA_STREAM)
 
 bool has_bfloat16();
 
-// Whether one kernel can run all iterations on chip (at most kWindow - 1), and that kernel.
-bool convolution_fits(const ConvolutionGeometry& geometry, Precision precision, int64_t batch);
+// How many blocks a sample takes at least where one kernel can run all iterations on chip (at most kWindow - 1), else
+// 0; and that kernel.
+int convolution_blocks(const ConvolutionGeometry& geometry, Precision precision);
 ConvolutionScratch convolution_scratch(const ConvolutionGeometry& geometry, Precision precision, int64_t batch,
                                        int iterations);
 // weight [out][kernel_height][kernel_width][in]

@@ -34,6 +34,7 @@
 
 #include "golub_kahan.cuh"
 #include "launch.cuh"
+#include "pack.cuh"
 
 namespace locallip::cuda {
 namespace {
@@ -41,7 +42,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kPiece = 32;    // words of depth, taps-and-channels, of a piece of the weights
 constexpr int kRing = 3;      // pieces on chip: one in use, one complete or nearly, one under way
-constexpr int kTogether = 8;  // pairs of channels, or words of masks, that a thread takes at once, their loads in
+constexpr int kTogether = 4;  // pairs of channels, or words of masks, that a thread takes at once, their loads in
                               // flight together
 constexpr int kSlots = 2;     // stored vectors whose loads are in flight together
 constexpr uint32_t kLowerBits = 0x1FFF;  // of a float32, that tf32 has not
@@ -363,7 +364,7 @@ struct Place {
 struct Shared {
   TopTriplet small;
   double scratch[kWarps];
-  double from_rank[2][kMaxCluster];
+  double from_rank[2][2][kMaxCluster];
   double factor[2][kWindow];  // of q_j and p_j: the unit vector over the stored one
   float share[2][kWindow];    // of each stored vector in the singular vectors
   Vector vectors[2];          // q and p
@@ -420,30 +421,44 @@ struct Convolution {
   int pieces = 0, piece_size = 0, pass = 0, round = 0;
   int asked = 0, used = 0;  // places in the ring, in words
 
-  // The sum over all threads of the cluster; makes what they wrote of `changed` visible to all.
-  __device__ double cluster_sum(double value, const Vector* changed = nullptr) {
-    const double own = block_sum<kThreads>(value, shared.scratch);
-    if (ranks == 1) return own;
+  // The sums over all threads of the cluster; makes what they wrote of `changed` visible to all.
+  template <int kSums>
+  __device__ void cluster_sums(double (&values)[kSums], const Vector* changed = nullptr) {
+#pragma unroll
+    for (double& value : values) value = block_sum<kThreads>(value, shared.scratch);
+    if (ranks == 1) return;
     if (changed) send_edges(*changed);
-    double* slots = shared.from_rank[parity];  // the other one may still be read
+    double* slots = shared.from_rank[parity][0];  // the other ones may still be read
     parity ^= 1;
-    if (threadIdx.x < static_cast<unsigned>(ranks)) store_at_rank(&slots[rank], threadIdx.x, own);
+    if (threadIdx.x < static_cast<unsigned>(ranks))
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) store_at_rank(&slots[i * kMaxCluster + rank], threadIdx.x, values[i]);
     cluster_barrier();
-    double total = 0;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      values[i] = 0;
 #pragma unroll 1
-    for (int r = 0; r < ranks; ++r) total += slots[r];
-    return total;
+      for (int r = 0; r < ranks; ++r) values[i] += slots[i * kMaxCluster + r];
+    }
+  }
+
+  __device__ double cluster_sum(double value, const Vector* changed = nullptr) {
+    double values[1] = {value};
+    cluster_sums(values, changed);
+    return values[0];
   }
 
   // Copies the rows of the band to the frames of the other blocks that have them.
   __device__ void send_edges(const Vector& vector) const {
     const int row_words = vector.frame.cols.size() * vector.frame.pitch;
+#pragma unroll 1
     for (int r = 0; r < ranks; ++r) {
       const Range rows = vector.rows_of_rank[r];
       const int begin = larger(rows.begin, vector.own.begin), end = smaller(rows.end, vector.own.end);
       if (r == rank || begin >= end) continue;
       uint32_t* from = vector.data() + (begin - vector.frame.rows.begin) * row_words;
       const int there = (vector.frame.rows.begin - rows.begin) * row_words;
+#pragma unroll 1
       for (int i = 2 * static_cast<int>(threadIdx.x); i < (end - begin) * row_words; i += 2 * kThreads)
         store_at_rank(reinterpret_cast<uint64_t*>(from + there + i), r, *reinterpret_cast<uint64_t*>(from + i));
     }
@@ -669,31 +684,41 @@ struct Convolution {
     if (!works) return square;
     const int pairs = pairs_of(target.channels), pair0 = channel0 / 2 + t;
     Pixel pixel(now, smaller(pixel0 + g, now.count - 1));
+    // a loop, that moves the accumulators on: code that runs once takes longer to come than to run
+#pragma unroll 1
+    for (int m = 0; m < kPixels; ++m) {
 #pragma unroll
-    for (int i = 0; i < 2 * kPixels; ++i) {
-      if (pixel0 + g + 8 * i >= now.count) break;
-      const int row = now.target_row + pixel.row * now.row_step, col = now.target_col + pixel.col * now.col_step;
-      pixel.advance(now);
-      auto* here = reinterpret_cast<Two*>(target.data() + target.frame.at(row, col)) + pair0;
-      auto* kept_here = reinterpret_cast<Two*>(slot) + slot_index(target, row, col, pair0);
-      const uint32_t keep = target.mask_at_pixel(row, col)[channel0 / 32] >> (2 * t);
-      float2 old[kChannels];  // not read at first, when it may be another sample's
+      for (int half = 0; half < 2; ++half) {
+        if (pixel0 + g + 16 * m + 8 * half >= now.count) break;
+        const int row = now.target_row + pixel.row * now.row_step, col = now.target_col + pixel.col * now.col_step;
+        pixel.advance(now);
+        auto* here = reinterpret_cast<Two*>(target.data() + target.frame.at(row, col)) + pair0;
+        auto* kept_here = reinterpret_cast<Two*>(slot) + slot_index(target, row, col, pair0);
+        const uint32_t keep = target.mask_at_pixel(row, col)[channel0 / 32] >> (2 * t);
+        float2 old[kChannels];  // not read at first, when it may be another sample's
 #pragma unroll
-      for (int n = 0; n < kChannels; ++n)
-        old[n] = old_factor != 0 && pair0 + n * 4 < pairs ? here[n * 4].values() : float2{0, 0};
+        for (int n = 0; n < kChannels; ++n)
+          old[n] = old_factor != 0 && pair0 + n * 4 < pairs ? here[n * 4].values() : float2{0, 0};
 #pragma unroll
-      for (int n = 0; n < kChannels; ++n) {
-        const float* sum = acc[i / 2][n] + i % 2 * 2;
-        const float x = sum[0] * factor - old_factor * old[n].x, y = sum[1] * factor - old_factor * old[n].y;
-        // channels beyond the last have no bits
-        const Two two = Two::rounded(keep >> (n * 8) & 1 ? x : 0, keep >> (n * 8 + 1) & 1 ? y : 0);
-        const float2 values = two.values();
-        square += values.x * values.x;
-        square += values.y * values.y;
-        if (pair0 + n * 4 >= pairs) continue;
-        here[n * 4] = two;
-        if (slot) kept_here[n * 4] = two;
+        for (int n = 0; n < kChannels; ++n) {
+          const float x = acc[0][n][2 * half] * factor - old_factor * old[n].x,
+                      y = acc[0][n][2 * half + 1] * factor - old_factor * old[n].y;
+          // channels beyond the last have no bits
+          const Two two = Two::rounded(keep >> (n * 8) & 1 ? x : 0, keep >> (n * 8 + 1) & 1 ? y : 0);
+          const float2 values = two.values();
+          square += values.x * values.x;
+          square += values.y * values.y;
+          if (pair0 + n * 4 >= pairs) continue;
+          here[n * 4] = two;
+          if (slot) kept_here[n * 4] = two;
+        }
       }
+#pragma unroll
+      for (int i = 0; i + 1 < kPixels; ++i)
+#pragma unroll
+        for (int n = 0; n < kChannels; ++n)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) acc[i][n][j] = acc[i + 1][n][j];
     }
     return square;
   }
@@ -736,7 +761,7 @@ struct Convolution {
       const auto number = static_cast<uint32_t>(first + at.index);
       return float2{pseudo_random(number, 0), pseudo_random(number + 1, 0)};
     };
-    double drawn = 0, given = 0;
+    double lengths[2] = {0, 0}, &drawn = lengths[0], &given = lengths[1];
     if (start) {
       for_each_pairs(right, [&](const Place(&places)[kTogether], int count) {
         float2 from[kTogether];
@@ -755,8 +780,7 @@ struct Convolution {
         }
         drawn += static_cast<double>(some);
       });
-      drawn = cluster_sum(drawn);
-      given = cluster_sum(given);
+      cluster_sums(lengths);
     }
     const double of_given = given > 0 ? 1 / sqrt(given) : 0;
     const float of_drawn = given > 0 ? static_cast<float>(kNoise / sqrt(drawn)) : 1;
@@ -827,13 +851,12 @@ struct Convolution {
       shared.share[side][j] = static_cast<float>(share);
     }
     __syncthreads();
+    double squares[2] = {0, 0};
     for (int side = 0; side < 2; ++side) {
       const Vector vector = shared.vectors[side];
       const float* share = shared.share[side];
-      const ConvolutionGeometry& g = problem.geometry;
-      const int64_t size = static_cast<int64_t>(vector.width) * vector.channels * (side ? g.out_height : g.in_height);
       const int used = sigma == 0 ? 0 : count, stored = smaller(used, problem.iterations);
-      float* out = (side ? problem.left : problem.right) + sample * size;
+      float* out = result(side);
       const Channels channels(out, vector.channels);
       double square = 0;
       for_each_pairs(vector, [&](const Place(&places)[kTogether], int some) {
@@ -849,13 +872,14 @@ struct Convolution {
                     vector.slots +
                     (j + i) * vector.slot_words)[slot_index(vector, places[k].row, places[k].col, places[k].pair)];
 #pragma unroll
-          for (int i = 0; i < kSlots; ++i)
+          for (int i = 0; i < kSlots; ++i) {
+            const float of_slot = j + i < stored ? share[j + i] : 0;
 #pragma unroll
             for (int k = 0; k < kTogether; ++k) {
-              if (j + i >= stored) break;
-              values[k].x += share[j + i] * from[i][k].values().x;
-              values[k].y += share[j + i] * from[i][k].values().y;
+              values[k].x += of_slot * from[i][k].values().x;
+              values[k].y += of_slot * from[i][k].values().y;
             }
+          }
         }
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
@@ -869,17 +893,43 @@ struct Convolution {
           channels.store(out, places[k], values[k]);
         }
       });
-      square = cluster_sum(square);
-      const float factor = square == 0 ? 0 : static_cast<float>(1 / sqrt(square));
-      for_each_pairs(vector, [&](const Place(&places)[kTogether], int some) {
-        float2 values[kTogether];
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k) values[k] = k < some ? channels.load(out, places[k]) : float2{0, 0};
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k)
-          if (k < some) channels.store(out, places[k], {values[k].x * factor, values[k].y * factor});
-      });
+      (side ? squares[1] : squares[0]) = square;
     }
+    cluster_sums(squares);
+    for (int side = 0; side < 2; ++side) {
+      const Vector& vector = shared.vectors[side];
+      const int row = vector.width * vector.channels;
+      const double square = side ? squares[1] : squares[0];
+      scale(result(side) + vector.own.begin * row, vector.own.size() * row,
+            square == 0 ? 0 : static_cast<float>(1 / sqrt(square)));
+    }
+  }
+
+  // Where the singular vector of the sample goes.
+  __device__ float* result(int side) const {
+    const ConvolutionGeometry& g = problem.geometry;
+    const int64_t size = static_cast<int64_t>(shared.vectors[side].width) * shared.vectors[side].channels *
+                         (side ? g.out_height : g.in_height);
+    return (side ? problem.left : problem.right) + sample * size;
+  }
+
+  // Numbers in global memory that this block wrote, behind a barrier.
+  __device__ static void scale(float* numbers, int count, float factor) {
+    constexpr int kFour = 4;
+    const int packs = reinterpret_cast<uintptr_t>(numbers) % sizeof(Pack<float, kFour>) == 0 ? count / kFour : 0;
+    for (int first = threadIdx.x; first < packs; first += kTogether * kThreads) {
+      Pack<float, kFour> some[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k)
+        if (first + k * kThreads < packs) some[k] = load<kFour>(numbers + (first + k * kThreads) * kFour);
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (first + k * kThreads >= packs) break;
+        for (float& number : some[k].v) number *= factor;
+        store<kFour>(numbers + (first + k * kThreads) * kFour, some[k]);
+      }
+    }
+    for (int i = packs * kFour + threadIdx.x; i < count; i += kThreads) numbers[i] *= factor;
   }
 };
 
@@ -999,18 +1049,24 @@ void with_precision(Precision precision, Run run) {
   }
 }
 
-// Blocks a sample: the fewest whose shared memory holds it, more where the batch would leave multiprocessors idle; 0
-// where not even the largest cluster does.
-unsigned cluster_for(const Geometry& g, int64_t batch) {
+// The fewest blocks whose shared memory holds a sample; 0 where not even the largest cluster does.
+int fewest_blocks(const Geometry& g) {
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const bool clusters = has_clusters(convolution_kernel<Precision::kFloat32>);
-  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  unsigned chosen = 0;
+  const int most = has_clusters(convolution_kernel<Precision::kFloat32>) ? kMaxCluster : 1;
   const int rows = smaller(g.in_height, g.out_height);  // every block has some
-  for (int ranks = 1; ranks <= (clusters ? smaller(kMaxCluster, rows) : 1); ranks *= 2)
-    if (Layout(g, ranks).bytes <= limit && (chosen == 0 || (batch * ranks <= multiprocessors && 2 * ranks <= rows)))
-      chosen = static_cast<unsigned>(ranks);
-  return chosen;
+  for (int ranks = 1; ranks <= smaller(most, rows); ranks *= 2)
+    if (Layout(g, ranks).bytes <= limit) return ranks;
+  return 0;
+}
+
+// More of them where the batch would leave multiprocessors idle.
+unsigned cluster_for(const Geometry& g, int64_t batch) {
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int rows = smaller(g.in_height, g.out_height);
+  int ranks = fewest_blocks(g);
+  if (has_clusters(convolution_kernel<Precision::kFloat32>))
+    while (2 * ranks <= kMaxCluster && batch * 2 * ranks <= multiprocessors && 4 * ranks <= rows) ranks *= 2;
+  return static_cast<unsigned>(ranks);
 }
 
 // As many as run at once, a block a multiprocessor.
@@ -1027,7 +1083,7 @@ int pieces_of(const Geometry& g) {
 
 }  // namespace
 
-bool convolution_fits(const ConvolutionGeometry& geometry, Precision precision, int64_t batch) {
+int convolution_blocks(const ConvolutionGeometry& geometry, Precision precision) {
   const Geometry g(geometry, precision);
   // far beyond any cluster, and below what the products of sizes here can hold
   constexpr int64_t kTooMany = 1 << 24;
@@ -1035,8 +1091,8 @@ bool convolution_fits(const ConvolutionGeometry& geometry, Precision precision, 
                 taps = int64_t{g.kernel_height} * g.kernel_width;
   if (padded * g.in_channels > kTooMany || padded * g.out_channels > kTooMany ||
       taps * g.in_channels * g.out_channels > kTooMany)
-    return false;
-  return g.stride_height <= kMaxStride && g.stride_width <= kMaxStride && cluster_for(g, batch) > 0;
+    return 0;
+  return g.stride_height <= kMaxStride && g.stride_width <= kMaxStride ? fewest_blocks(g) : 0;
 }
 
 ConvolutionScratch convolution_scratch(const ConvolutionGeometry& geometry, Precision precision, int64_t batch,

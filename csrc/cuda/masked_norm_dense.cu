@@ -18,7 +18,7 @@ namespace locallip::cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-constexpr int kInFlight = 16;  // loads of a thread, which nothing else hides where the weight is read in L2
+constexpr int kInFlight = 8;  // loads of a thread, which nothing else hides where the weight is read in L2
 
 template <typename T>
 struct Shared {
@@ -32,12 +32,20 @@ struct Shared {
 __device__ int collect(const uint8_t* mask, int n, int* indices) {
   const int lane = threadIdx.x % kWarp;
   int count = 0;
-  for (int first = 0; first < n; first += kWarp) {
-    const int i = first + lane;
-    const bool keep = i < n && (!mask || mask[i]);
-    const unsigned kept = __ballot_sync(kAllLanes, keep);
-    if (keep) indices[count + __popc(kept & ((1u << lane) - 1))] = i;
-    count += __popc(kept);
+  for (int first = 0; first < n; first += kInFlight * kWarp) {
+    bool keep[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int i = first + k * kWarp + lane;
+      keep[k] = i < n;
+      if (mask && i < n) keep[k] = mask[i];
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const unsigned kept = __ballot_sync(kAllLanes, keep[k]);
+      if (keep[k]) indices[count + __popc(kept & ((1u << lane) - 1))] = first + k * kWarp + lane;
+      count += __popc(kept);
+    }
   }
   return count;
 }
@@ -116,7 +124,17 @@ struct Dense {
       const int lane = threadIdx.x % kWarp;
       for (int i = threadIdx.x / kWarp; i < height; i += kWarps) {
         T sum = 0;
-        for (int j = lane; j < width; j += kWarp) sum += matrix(i, j) * q[j];
+        for (int first = lane; first < width; first += kInFlight * kWarp) {
+          T entries[kInFlight];
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k) {
+            const int j = first + k * kWarp;
+            entries[k] = j < width ? matrix(i, j) : T(0);
+          }
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k)
+            if (first + k * kWarp < width) sum += entries[k] * q[first + k * kWarp];
+        }
         sum = warp_sum(sum);
         if (lane == 0) p[i] = step > 0 ? sum - subtract * p[i] : sum;
       }
@@ -130,8 +148,17 @@ struct Dense {
                 j = shares == 1 ? first + static_cast<int>(threadIdx.x) : static_cast<int>(threadIdx.x) % width;
       T sum = 0;
       if (share < shares && j < width)
-#pragma unroll kInFlight
-        for (int i = share; i < height; i += shares) sum += matrix(i, j) * p[i];
+        for (int first = share; first < height; first += kInFlight * shares) {
+          T entries[kInFlight];
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k) {
+            const int i = first + k * shares;
+            entries[k] = i < height ? matrix(i, j) : T(0);
+          }
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k)
+            if (first + k * shares < height) sum += entries[k] * p[first + k * shares];
+        }
       if (shares == 1) {
         if (j < width) q[j] = sum - subtract * q[j];
         continue;
@@ -207,8 +234,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     golub_kahan(op, problem.iterations, noise, shared.small);
     return;
   }
-  for (int i = static_cast<int>(warp); i < height; i += kWarps)
-    for (int j = threadIdx.x % kWarp; j < width; j += kWarp) matrix[i * pitch + j] = in_place(i, j);
+  for (int first = static_cast<int>(warp); first < height; first += kInFlight * kWarps)
+    for (int j = threadIdx.x % kWarp; j < width; j += kWarp) {
+      T entries[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k)
+        entries[k] = first + k * kWarps < height ? in_place(first + k * kWarps, j) : T(0);
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k)
+        if (first + k * kWarps < height) matrix[(first + k * kWarps) * pitch + j] = entries[k];
+    }
   __syncthreads();
   Dense<T, Gathered<T>> op{problem, shared, {matrix, pitch}, q, p, rows, columns, height, width, sample};
   golub_kahan(op, problem.iterations, noise, shared.small);
@@ -228,11 +263,25 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
     const int i = entry / m, k = entry % m;
     if (k > i) continue;
     double sum = 0;
+    const T* of_rows[2] = {problem.weight + static_cast<int64_t>(i) * problem.columns,
+                           problem.weight + static_cast<int64_t>(k) * problem.columns};
     if (!row_mask || (row_mask[i] && row_mask[k]))
-      for (int j = lane; j < problem.columns; j += kWarp)
-        if (!col_mask || col_mask[j])
-          sum += static_cast<double>(problem.weight[static_cast<int64_t>(i) * problem.columns + j]) *
-                 static_cast<double>(problem.weight[static_cast<int64_t>(k) * problem.columns + j]);
+      for (int first = lane; first < problem.columns; first += kInFlight * kWarp) {
+        T a[kInFlight] = {}, b[kInFlight] = {};
+        bool keep[kInFlight];
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n) {
+          const int j = first + n * kWarp;
+          keep[n] = j < problem.columns;
+          if (!keep[n]) continue;
+          a[n] = of_rows[0][j];
+          b[n] = of_rows[1][j];
+          if (col_mask) keep[n] = col_mask[j];
+        }
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n)
+          if (keep[n]) sum += static_cast<double>(a[n]) * static_cast<double>(b[n]);
+      }
     sum = warp_sum(sum);
     if (lane == 0) shared.small.matrix[i][k] = shared.small.matrix[k][i] = sum;
   }

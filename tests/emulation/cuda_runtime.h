@@ -15,6 +15,7 @@
 #include <functional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -56,6 +57,26 @@ extern int order;
 // Bytes of shared memory a block may have: an H100's. Tests lower it to see what happens to layers that do not fit.
 extern size_t shared_limit;
 extern int ptx_version;
+
+// Multiprocessors of the device.
+extern int multiprocessors;
+
+// A launch, with its parameters as a GPU gets them: side by side, each aligned by its type.
+struct Launch {
+  dim3 grid, block;
+  unsigned cluster;
+  size_t shared_bytes;
+  std::vector<unsigned char> parameters;
+
+  template <typename T>
+  void add(const T& value) {
+    parameters.resize((parameters.size() + alignof(T) - 1) / alignof(T) * alignof(T) + sizeof(T));
+    std::memcpy(parameters.data() + parameters.size() - sizeof(T), &value, sizeof(T));
+  }
+};
+
+// Runs a launch in place of the kernel as C++, where it is set.
+extern void (*launched)(const void* kernel, const Launch& launch);
 
 void run_grid(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const std::function<void()>& body);
 
@@ -209,7 +230,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(emulation::shared_limit)
            : attribute == cudaDevAttrComputeCapabilityMajor     ? 9
-                                                                : 2;  // fewer than samples
+                                                                : emulation::multiprocessors;
   return cudaSuccess;
 }
 
@@ -253,6 +274,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
   const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
+  if (emulation::launched) {
+    emulation::Launch launch{config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes, {}};
+    std::apply([&](const auto&... each) { (launch.add(each), ...); }, held);
+    emulation::launched(reinterpret_cast<const void*>(kernel), launch);
+    return cudaSuccess;
+  }
   emulation::run_grid(config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes,
                       [&] { std::apply(kernel, held); });
   return cudaSuccess;

@@ -18,6 +18,8 @@ namespace emulation {
 int order = 0;
 size_t shared_limit = 232448;
 int ptx_version = 90;
+int multiprocessors = 2;  // fewer than samples
+void (*launched)(const void*, const Launch&) = nullptr;
 
 namespace {
 
@@ -199,7 +201,10 @@ void run_cluster(dim3 grid, dim3 block, unsigned size, unsigned first, size_t sh
 
 }  // namespace
 
+unsigned largest_cluster = 0;  // launched since it was asked for
+
 void run_grid(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const std::function<void()>& body) {
+  largest_cluster = std::max(largest_cluster, cluster);
   if (block.count() == 0 || block.count() > 1024) fail("a block of no or more than 1024 threads");
   if (grid.count() == 0) fail("a grid without blocks");
   if (shared_bytes > shared_limit) fail("more shared memory than a block can have");
@@ -296,7 +301,8 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const fl
   for (int i = 0; i < 4; ++i) {
     double sum = c[i];
     for (int k = 0; k < 8; ++k) {
-      const uint32_t left = word(g * 4 + k % 4, i / 2 + k / 4 * 2), right = word((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
+      const uint32_t left = word(g * 4 + k % 4, i / 2 + k / 4 * 2),
+                     right = word((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
       for (int n = 0; n < numbers; ++n) sum += static_cast<double>(operand(left, n)) * operand(right, n);
     }
     d[i] = static_cast<float>(sum);
@@ -319,4 +325,6 @@ void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 extern "C" void locallip_emulation_order(int order) { emulation::order = order; }
 extern "C" void locallip_emulation_shared_limit(size_t bytes) { emulation::shared_limit = bytes; }
+extern "C" unsigned locallip_emulation_largest_cluster() { return std::exchange(emulation::largest_cluster, 0u); }
 extern "C" void locallip_emulation_ptx_version(int version) { emulation::ptx_version = version; }
+extern "C" void locallip_emulation_multiprocessors(int count) { emulation::multiprocessors = count; }

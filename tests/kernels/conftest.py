@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -39,6 +39,19 @@ def shared_limit() -> Iterator[object]:
 
     yield limit
     limit(SHARED_LIMIT)
+
+
+@pytest.fixture
+def took_blocks() -> Callable[[int], None]:
+    """A function that asserts the size of the largest cluster that was launched; of no effect on a device."""
+
+    def check(blocks: int) -> None:
+        if EMULATED:
+            assert ctypes.CDLL(EMULATED).locallip_emulation_largest_cluster() == blocks
+
+    if EMULATED:
+        ctypes.CDLL(EMULATED).locallip_emulation_largest_cluster()
+    return check
 
 
 @pytest.fixture

@@ -225,34 +225,56 @@ def test_convolution(device: str, layer: tuple[Any, ...], kind: str) -> None:
     convolve(device, layer, kind, 3)
 
 
-# a layer, and so little shared memory that a sample takes so many blocks of it (0: that it streams)
+def in_bfloat16(device: str, streaming: str) -> float:
+    """The tolerance of a convolution's norm by vectors in bfloat16.
+
+    Where they are off, no value is above the norm for it, and the left one is the image of the right one; but on a
+    GPU's chip the value is that of weights and vectors in bfloat16.
+    """
+    on_chip = streaming == "0" and (device == "cuda" or "LOCALLIP_EMULATION" in os.environ)
+    return 4e-3 if on_chip else 1e-5
+
+
+# a layer, how much shared memory a block may have, and how many blocks a sample then takes, in float32 and in bfloat16;
+# none where it streams
+TALL = (8, 12, (3, 3), (1, 1), (1, 1), (17, 8))
 CLUSTERS = [
-    (CONVOLUTIONS[3], 40000),  # 2
-    (CONVOLUTIONS[4], 43000),  # 2
-    (CONVOLUTIONS[4], 40000),  # 4; in bfloat16 2
-    (CONVOLUTIONS[5], 26000),  # 2
-    (CONVOLUTIONS[5], 25000),  # 4; in bfloat16 2
-    (CONVOLUTIONS[5], 24300),  # 8; in bfloat16 4
-    (CONVOLUTIONS[6], 15000),  # 2
-    (CONVOLUTIONS[6], 14100),  # 4
-    (CONVOLUTIONS[5], 18400),  # 0
+    (CONVOLUTIONS[3], 40000, 2, 1),
+    (CONVOLUTIONS[4], 43000, 2, 1),
+    (CONVOLUTIONS[5], 26200, 2, 2),
+    (CONVOLUTIONS[5], 25000, 4, 2),
+    (CONVOLUTIONS[6], 14200, 4, 4),
+    (TALL, 33500, 2, 2),
+    (TALL, 29000, 4, 4),
+    (TALL, 27000, 8, 4),
+    (TALL, 26000, 0, 8),
 ]
 
 
-@pytest.mark.parametrize(("layer", "limit"), CLUSTERS, ids=str)
-def test_convolution_in_clusters(device: str, layer: tuple[Any, ...], limit: int, shared_limit: Any) -> None:
-    shared_limit(limit)
-    convolve(device, layer, "random", 2)
-
-
-@pytest.mark.usefixtures("autocast")
-@pytest.mark.parametrize(("layer", "limit"), CLUSTERS, ids=str)
-def test_convolution_in_clusters_in_bfloat16(
-    device: str, layer: tuple[Any, ...], limit: int, shared_limit: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(("layer", "limit", "blocks", "narrow_blocks"), CLUSTERS, ids=str)
+def test_convolution_in_clusters(
+    device: str,
+    layer: tuple[Any, ...],
+    limit: int,
+    blocks: int,
+    narrow_blocks: int,
+    narrow: bool,
+    shared_limit: Any,
+    took_blocks: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LOCALLIP_STREAMING", "0")
     shared_limit(limit)
-    convolve(device, layer, "random", 2, tolerance=4e-3)
+    with torch.autocast(device, torch.bfloat16, enabled=narrow):
+        convolve(device, layer, "random", 2, tolerance=in_bfloat16(device, "0") if narrow else 1e-5)
+    if expected := narrow_blocks if narrow else blocks:
+        took_blocks(expected)
+
+
+def test_convolution_that_does_not_fit_streams(device: str, shared_limit: Any) -> None:
+    shared_limit(18600)
+    convolve(device, CONVOLUTIONS[5], "random", 2)
 
 
 def test_clusters_need_code_that_has_them(device: str, shared_limit: Any, code_for_compute_80: None) -> None:
@@ -290,16 +312,6 @@ def test_convolution_in_tf32(device: str, streaming: str, monkeypatch: pytest.Mo
         convolve(device, CONVOLUTIONS[5], "random", 4, tolerance=2e-3)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def in_bfloat16(device: str, streaming: str) -> float:
-    """The tolerance of a convolution's norm by vectors in bfloat16.
-
-    Where they are off, no value is above the norm for it, and the left one is the image of the right one; but on a
-    GPU's chip the value is that of weights and vectors in bfloat16.
-    """
-    on_chip = streaming == "0" and (device == "cuda" or "LOCALLIP_EMULATION" in os.environ)
-    return 4e-3 if on_chip else 1e-5
 
 
 @pytest.mark.usefixtures("autocast")
