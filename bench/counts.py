@@ -496,7 +496,7 @@ def risen(old: dict[str, dict[str, float]], new: dict[str, dict[str, float]]) ->
 def checked(counter: Counter) -> Iterator[Counted]:
     """A few layers, of little time and all kinds of tiles."""
     for layer in (Layer(32, 32, 32, 3, 1, 1), Layer(32, 32, 16, 4, 2, 1), Layer(3, 32, 16, 3, 1, 1)):
-        for precision in ("float32", "tf32"):
+        for precision in ptx.PRECISIONS:
             yield counter.count(layer, precision, 1)
     for layer in (Layer(256, 256, density=0.3), Layer(512, 10)):
         yield counter.count(layer, "float32", 2)
@@ -518,7 +518,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--networks", nargs="*", default=NETWORKS, metavar="NAME", help="whose layers")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--iterations", type=int, nargs="+", default=(2, 4))
-    parser.add_argument("--precision", nargs="+", default=("tf32", "float32"), choices=ptx.PRECISIONS)
+    parser.add_argument("--precision", nargs="+", default=ptx.PRECISIONS, choices=ptx.PRECISIONS)
     parser.add_argument(
         "--phases", default=PHASED, metavar="TITLE", help=f"layer to show by phases (default: {PHASED})"
     )

@@ -52,15 +52,16 @@ def main() -> None:
     clock = Clock(setting.device)
     lines = []
     for name, density in ((name, density) for name, every in DENSITIES.items() for density in every):
-        for precision in ("float32", "tf32"):
+        for precision in ("float32", "tf32", "bfloat16"):
             set_precision(precision)
             for path, flag in (("on chip", "0"), ("streaming", "1")):
                 os.environ[STREAMING] = flag
                 times = []
                 for iterations in ITERATIONS:
                     call = norms(setting, name, density, iterations)
-                    call()
-                    times.append(1e3 * statistics.median(clock.turn(captured(call), setting.seconds)))
+                    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+                        call()
+                        times.append(1e3 * statistics.median(clock.turn(captured(call), setting.seconds)))
                 lines.append([f"{name} density {density}, {precision}, {path}", *(f"{t:.3f}" for t in times)])
     head = ["layer", *(f"{iterations} iterations" for iterations in ITERATIONS)]
     print(f"{torch.cuda.get_device_name(setting.device)}, torch {torch.__version__}; ms, B = {BATCH}\n")

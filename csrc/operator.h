@@ -143,10 +143,22 @@ struct Operator {
   }
 
   std::vector<int64_t> output_sizes(IntArrayRef input) const {
-    if (weight.dim() == 2) return {input[0], weight.size(0)};
+    if (weight.dim() == 2) {
+      TORCH_CHECK(input.size() == 2 && input[1] == weight.size(1), "input_shape: got ", input, ", want (B, ",
+                  weight.size(1), ")");
+      return {input[0], weight.size(0)};
+    }
+    TORCH_CHECK(input.size() == 4 && input[1] == weight.size(1) * groups, "input_shape: got ", input, ", want (B, ",
+                weight.size(1) * groups, ", H, W)");
     std::vector<int64_t> out = {input[0], weight.size(0), 0, 0};
-    for (int i = 0; i < 2; ++i)
-      out[i + 2] = (input[i + 2] + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1) / stride[i] + 1;
+    for (int i = 0; i < 2; ++i) {
+      TORCH_CHECK(stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, "stride, padding, dilation: got ", stride, ", ",
+                  padding, ", ", dilation, ", want at least 1, 0, 1");
+      const int64_t room = input[i + 2] + 2 * padding[i] - dilation[i] * (weight.size(i + 2) - 1) - 1;
+      TORCH_CHECK(room >= 0, "input_shape: got ", input, ", smaller with its padding than a kernel of ",
+                  weight.sizes().slice(2));
+      out[i + 2] = room / stride[i] + 1;
+    }
     return out;
   }
 };

@@ -224,7 +224,7 @@ void extend(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int co
           if (twice || after < kReorthogonalise * before) go();
         }
         norm = std::sqrt(after);
-        if (norm <= noise * std::sqrt(before)) {
+        if (std::isfinite(norm) && norm <= noise * std::sqrt(before)) {  // what overflowed has not vanished
           norm = 0;
           after = 0;
           if (breakdown == Breakdown::kReplace && against != Against::kLast) {

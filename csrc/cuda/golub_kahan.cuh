@@ -29,7 +29,7 @@ __device__ void golub_kahan(Operator& op, int iterations, double noise, TopTripl
     for (int number = 0;; ++number) {
       const int step = number / 2;
       const double length = op.apply(number, coefficient);
-      const bool spent = length <= noise * sqrt(length * length + coefficient * coefficient);
+      const bool spent = isfinite(length) && length <= noise * coefficient;  // what overflowed is not
       if (number % 2 == 0) {
         if (threadIdx.x == 0) {
           small.matrix[step][step] = spent ? 0 : length;

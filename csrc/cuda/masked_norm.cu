@@ -285,7 +285,7 @@ struct Extension {
       if (pass == 0 && (twice || after < kReorthogonalise * before)) continue;
       if (pass < 2) {
         length = sqrt(after);
-        if (!(length <= noise * sqrt(before))) break;
+        if (!(isfinite(length) && length <= noise * sqrt(before))) break;  // what overflowed has not vanished
         length = after = 0;
         if (breakdown == Breakdown::kDrop) break;
         for (int64_t i = threadIdx.x * kUnits; i < units; i += kExtending * kUnits)
@@ -455,6 +455,8 @@ template <typename scalar_t, typename vector_t>
 void extend_basis(scalar_t* basis, const vector_t* vector, const uint8_t* mask, int count, int64_t batch,
                   int64_t length, Breakdown breakdown, Against against, uint32_t seed, double* projected,
                   vector_t* copy, void* stream) {
+  // the one sweep that goes by the last vector has not float64's digits of what is left
+  if (std::is_same_v<scalar_t, double> && against == Against::kLast) against = Against::kAll;
   with_units<scalar_t>(length, [&](auto units) {
     const auto kernel = extend_kernel<scalar_t, vector_t, units()>;
     const Share share = share_of(length, units(), sizeof(scalar_t), has_clusters(kernel) ? kMostRanks : 1);

@@ -408,7 +408,7 @@ struct Convolution {
   // relative length below which a vector is rounding
   static constexpr double kRounding = kPrecision == Precision::kFloat32 ? 16 * 0x1p-23
                                       : kPrecision == Precision::kTf32  ? 0x1p-10
-                                                                        : 0x1p-7;
+                                                                        : 0x1p-6;
 
   const ConvolutionProblem& problem;
   Shared& shared;
@@ -749,6 +749,20 @@ struct Convolution {
     return square;
   }
 
+  // Stores the band times 2^-power, here and in its slot.
+  __device__ void enlarge(const Vector& vector, uint32_t* slot, int power) {
+    for_each_pairs(vector, [&](const Place(&places)[kTogether], int count) {
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (k >= count) break;
+        Two& here = on_chip(vector, places[k]);
+        const float2 values = here.values();
+        here = Two::rounded(scalbnf(values.x, -power), scalbnf(values.y, -power));
+        if (slot) reinterpret_cast<Two*>(slot)[slot_index(vector, places[k].row, places[k].col, places[k].pair)] = here;
+      }
+    });
+  }
+
   // ---- what golub_kahan asks for
 
   __device__ double start() {
@@ -833,9 +847,18 @@ struct Convolution {
       }
     }
     square = cluster_sum(square, &target);
-    if (!(square > kLeastSquare && square < kMostSquare)) square = cluster_sum(square_in_double(target));
+    int power = 0;  // of two, by which the vector is stored smaller than it is
+    if (!(square > kLeastSquare && square < kMostSquare)) {
+      square = cluster_sum(square_in_double(target));
+      if (square > 0 && square < kLeastSquare) {  // or the next vector, of its square's size, would not be there
+        power = ilogbf(static_cast<float>(sqrt(square)));
+        enlarge(target, slot, power);
+        cluster_sum(0, &target);  // for the neighbours' sake
+      }
+    }
     const double length = sqrt(square);
-    if (threadIdx.x == 0) shared.factor[1 - adjoint][created] = length > 0 ? 1 / length : 0;
+    if (threadIdx.x == 0)
+      shared.factor[1 - adjoint][created] = length > 0 ? static_cast<double>(scalbnf(1, power)) / length : 0;
     __syncthreads();
     return length;
   }
@@ -1065,7 +1088,8 @@ unsigned cluster_for(const Geometry& g, int64_t batch) {
   const int rows = smaller(g.in_height, g.out_height);
   int ranks = fewest_blocks(g);
   if (has_clusters(convolution_kernel<Precision::kFloat32>))
-    while (2 * ranks <= kMaxCluster && batch * 2 * ranks <= multiprocessors && 4 * ranks <= rows) ranks *= 2;
+    while (ranks > 0 && 2 * ranks <= kMaxCluster && batch * 2 * ranks <= multiprocessors && 4 * ranks <= rows)
+      ranks *= 2;
   return static_cast<unsigned>(ranks);
 }
 

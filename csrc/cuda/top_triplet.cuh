@@ -32,11 +32,13 @@ __device__ inline void find_in_warp(TopTriplet& s, int n) {
     __syncwarp();
     return;
   }
-  const double scale = 1 / largest;  // or squares of entries might not be there
+  // or squares of entries might not be there, nor the inverse of a tiny one
+  const double boost = largest < 1 ? 0x1p600 : 1, scale = 1 / (largest * boost);
+  const auto entry_at = [&](int row, int of) { return s.matrix[row][of] * boost * scale; };
   if (column < n)
     for (int row = lane / kWindow; row < n; row += kRows) {
       double sum = 0;
-      for (int i = 0; i < n; ++i) sum += s.matrix[i][row] * scale * (s.matrix[i][column] * scale);
+      for (int i = 0; i < n; ++i) sum += entry_at(i, row) * entry_at(i, column);
       s.power[0][row][column] = sum;
       trace += row == column ? sum : 0;
     }
@@ -67,7 +69,7 @@ __device__ inline void find_in_warp(TopTriplet& s, int n) {
   length = 1 / sqrt(length);
   if (lane < n) {
     s.right[lane] = s.power[now][lane][dominant] * length;
-    for (int i = 0; i < n; ++i) image += s.matrix[lane][i] * scale * (s.power[now][i][dominant] * length);
+    for (int i = 0; i < n; ++i) image += entry_at(lane, i) * (s.power[now][i][dominant] * length);
   }
   const double sigma = sqrt(warp_sum(image * image));
   if (lane < n) s.left[lane] = image / sigma;
