@@ -64,7 +64,8 @@ def masked_norm(
     ``input_shape`` is (B, n) or (B, Cin, H, W); masks are bool of the full shapes, or None for all True; ``start`` is
     None or of ``input_shape``, or with a batch of one. Under autocast to bfloat16 a CPU that has instructions for it,
     and a GPU, find the right vectors in bfloat16; one product of theirs in float32 then gives values and left vectors,
-    but for convolutions on a GPU's chip, whose weights, vectors and values are all by products in bfloat16. See :func:`locallip_cuda.masked_norm`.
+    but for convolutions on a GPU's chip, whose weights, vectors and values are all by products in bfloat16. See
+    :func:`locallip_cuda.masked_norm`.
     """
     result: tuple[Tensor, Tensor, Tensor] = _ops.masked_norm(
         weight, row_mask, col_mask, start, input_shape, stride, padding, dilation, groups, iterations, _narrowed(weight)
