@@ -5,9 +5,10 @@
 // (tap, channel) times target channels, for the convolution and for its adjoint; with a stride s the adjoint is s x s
 // such products, one for each residue of the target pixels.
 //
-//   registers  the accumulators of a warp's tile, 64 pixels x 32 channels (64 a thread): per 8 words of depth, 16 loads
-//              for pixels and 8 for weights feed 16 tensor instructions, what shared memory can deliver beside them. 16
-//              pixels where the map is too small to give every warp a tile.
+//   registers  the accumulators of a warp's tile, 64 pixels x 32 channels (64 a thread; in float32 32 pixels): per 8
+//              words of depth, 4 loads of matrices of pixels and 2 of weights, 512 bytes each, feed 16 tensor
+//              instructions, what shared memory can deliver beside them. 16 pixels where the map is too small to give
+//              every warp a tile.
 //   shared     q and p, in frames with their zero borders and the neighbours' rows that are read; the masks as bits;
 //              a ring of three pieces of the weights.
 //   global     the weights, rearranged once a call (they are in L2), streamed through the ring by asynchronous
@@ -15,8 +16,8 @@
 //              singular vectors. A cluster writes every sample's to the same place, which so stays in L2.
 //
 // What lies on chip are words of 32 bits: a number, or two neighbouring channels in bfloat16. A tensor instruction
-// takes 8 words of depth of either, from the same lanes, so that all but the conversions and the instruction itself is
-// one.
+// takes 8 words of depth of either, from the same lanes, so that only the conversions and the instruction itself
+// differ.
 //
 // A block sends the rows at its band's edge to its neighbours' frames, through distributed shared memory; the cluster's
 // barrier within each vector's norm makes them visible. The vectors stay unnormalised where they lie: a factor is
