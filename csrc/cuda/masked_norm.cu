@@ -84,11 +84,6 @@ struct Share {
   size_t bytes;
 };
 
-__device__ inline uint16_t to_bfloat16(float x) {
-  const uint32_t bits = as_bits(x);
-  return x == x ? static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16) : uint16_t{0x7FC0};
-}
-
 // A block's units of one sample. A thread reads and writes the same ones in every sweep: no barriers between them.
 template <typename T, typename V, int kUnits>
 struct Extension {
@@ -157,7 +152,7 @@ struct Extension {
     if constexpr (!std::is_same_v<T, V>) {
       Pack<V, kUnits> narrow;
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) narrow.v[u] = to_bfloat16(unit.v[u]);
+      for (int u = 0; u < kUnits; ++u) narrow.v[u] = static_cast<uint16_t>(to_bfloat16(unit.v[u], 0));
       store<kUnits>(copy + i, narrow);
     }
   }

@@ -140,6 +140,12 @@ __host__ __device__ int pitch_for(int words, int stride) {
   return (words + 1) / 2 * 2;
 }
 
+// Units of a map.
+__host__ __device__ int64_t units_of(const ConvolutionGeometry& g, bool left) {
+  return left ? int64_t{g.out_height} * g.out_width * g.out_channels
+              : int64_t{g.in_height} * g.in_width * g.in_channels;
+}
+
 // Words of a stored vector: pixels of pairs.
 __host__ __device__ int slot_words(const Geometry& g, bool left) {
   return left ? g.out_height * g.out_width * pairs_of(g.out_channels) * (g.narrow ? 1 : 2)
@@ -768,8 +774,7 @@ struct Convolution {
 
   __device__ double start() {
     const Vector right = shared.vectors[0];
-    const ConvolutionGeometry& g = problem.geometry;
-    const int64_t first = sample * g.in_height * g.in_width * g.in_channels;
+    const int64_t first = sample * units_of(problem.geometry, false);
     const float* start = problem.start ? problem.start + (problem.start_per_sample ? first : 0) : nullptr;
     const Channels channels(start, right.channels);
     const auto random = [&](const Place& at) {
@@ -931,10 +936,7 @@ struct Convolution {
 
   // Where the singular vector of the sample goes.
   __device__ float* result(int side) const {
-    const ConvolutionGeometry& g = problem.geometry;
-    const int64_t size = static_cast<int64_t>(shared.vectors[side].width) * shared.vectors[side].channels *
-                         (side ? g.out_height : g.in_height);
-    return (side ? problem.left : problem.right) + sample * size;
+    return (side ? problem.left : problem.right) + sample * units_of(problem.geometry, side);
   }
 
   // Numbers in global memory that this block wrote, behind a barrier.
@@ -1048,10 +1050,8 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
   Operator op{problem, shared, reinterpret_cast<uint32_t*>(memory + layout.ring), layout.ring_piece, rank, ranks};
   for (int64_t sample = cluster; sample < problem.batch; sample += clusters) {
     for (int side = 0; side < 2; ++side) {
-      const Vector& vector = shared.vectors[side];
       const uint8_t* mask = side ? problem.row_mask : problem.col_mask;
-      const int64_t size = static_cast<int64_t>(vector.width) * vector.channels * (side ? g.out_height : g.in_height);
-      load_mask(vector, mask ? mask + sample * size : nullptr);
+      load_mask(shared.vectors[side], mask ? mask + sample * units_of(g, side) : nullptr);
     }
     __syncthreads();
     op.begin(sample);

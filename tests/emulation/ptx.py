@@ -93,15 +93,6 @@ class Entry:
         elif text not in SPECIAL and text != "_" and re.sub(r"\d+$", "", text) not in self.own:
             raise ValueError(f"{text}, in {self.name}, is nothing that is known here")
         return number
-        if text in self.parameters:
-            self.constants[number] = self.parameters[text]
-        elif text.startswith(("0f", "0d")):
-            self.constants[number] = int(text[2:], 16)
-        elif re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", text):
-            self.constants[number] = int(text, 0) % 2**64
-        else:  # the one array of shared memory
-            self.constants[number] = 0
-        return number
 
 
 def _parameters(entry: Entry, header: str) -> None:
